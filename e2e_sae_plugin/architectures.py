@@ -1,0 +1,120 @@
+"""What each SAELens training architecture adds to the loss, and what it can be combined with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from torch import Tensor
+
+from e2e_sae_plugin.objective import Objective
+
+LossKind = Literal["mse", "inner_level", "auxiliary", "sparsity"]
+
+# Share of the objective's own value that reconstruction-like extras are rescaled to where no local error is trained.
+# TopK's family: the 1/32 of Gao et al. 2024 (arXiv 2406.04093, appendix A.2); the term reaches dead features only.
+# Gated: the term is what trains the gates, so it weighs more, yet less than the KL on live features.
+DEFAULT_AUXILIARY_SHARE = {"gated": 0.1}
+_TOPK_SHARE = 1 / 32
+
+_RUN_TIME_NORMALISATIONS = frozenset({"layer_norm", "constant_norm_rescale"})
+# The host raises for these once a feature is dead (TopK's auxiliary loss, in topk_sae.py) or, with Matryoshka, at the
+# first inner level; matching pursuit's tied encoder cannot absorb a whitening.
+UNTRAINABLE_NORMALISATIONS = {
+    "topk": _RUN_TIME_NORMALISATIONS,
+    "abstopk": _RUN_TIME_NORMALISATIONS,
+    "batchtopk": _RUN_TIME_NORMALISATIONS,
+    "matryoshka_batchtopk": _RUN_TIME_NORMALISATIONS,
+    "matching_pursuit": frozenset({"covariance_whitening"}),
+}
+
+
+def check_normalisation(architecture: str, normalize_activations: str) -> None:
+    """Refuse combinations of architecture and activation normalisation that SAELens cannot train to the end.
+
+    Raises:
+        ValueError: for instance topk with layer_norm.
+    """
+    refused = UNTRAINABLE_NORMALISATIONS.get(architecture, frozenset())
+    if normalize_activations in refused:
+        usable = sorted(
+            {"none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening"} - refused
+        )
+        raise ValueError(
+            f"sae.normalize_activations={normalize_activations!r} cannot be trained with architecture {architecture!r}: "
+            f"SAELens's implementation fails for it during training. Expected one of {usable}."
+        )
+
+
+def loss_kind(name: str) -> LossKind:
+    """What a named loss of `TrainStepOutput.losses` is; unknown names are sparsity terms, kept as they are."""
+    if name == "mse_loss":
+        return "mse"
+    if name.startswith("inner_mse_loss"):
+        return "inner_level"
+    return "auxiliary" if name == "auxiliary_reconstruction_loss" else "sparsity"
+
+
+def auxiliary_share(architecture: str) -> float:
+    """`DEFAULT_AUXILIARY_SHARE` of an architecture; a user's own gets that of the TopK family."""
+    return DEFAULT_AUXILIARY_SHARE.get(architecture, _TOPK_SHARE)
+
+
+def inner_reconstructions(sae: TrainingSAE[Any], feature_acts: Tensor) -> list[tuple[str, Tensor]]:
+    """Reconstructions of Matryoshka's inner levels `[tokens, d_in]`, named by width; none for other architectures."""
+    if not isinstance(sae, MatryoshkaBatchTopKTrainingSAE):
+        return []
+    # Private in the host, which computes the same sums for its own inner losses; a test notices if it goes away.
+    return [(str(width), reconstruction) for width, reconstruction in sae._iterable_decode(feature_acts)]
+
+
+def sae_losses(output: TrainStepOutput) -> Iterable[tuple[str, LossKind, Tensor]]:
+    """The named losses of a training forward pass, and what of `output.loss` has no name (a registered architecture may
+    return one bare tensor), as `unnamed_loss`."""
+    named = 0.0
+    for name, value in output.losses.items():
+        named = named + value
+        yield name, loss_kind(name), value
+    if not output.losses or bool((output.loss.detach() - named).abs() > 1e-5 * output.loss.detach().abs() + 1e-12):
+        yield "unnamed_loss", "sparsity", output.loss - named
+
+
+def combine_sae_losses(
+    output: TrainStepOutput, architecture: str, objective: Objective, spliced_value: float
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The part of the objective that is computed on the SAE alone.
+
+    Args:
+        output: SAELens's training forward pass.
+        spliced_value: weighted value of the KL and downstream terms at this step, in nats, which the default
+            auxiliary weight is a share of.
+
+    Returns:
+        The weighted total (None when every term has weight 0), and every term detached and unweighted.
+    """
+    total: Tensor | None = None
+    terms: dict[str, Tensor] = {}
+    for name, kind, value in sae_losses(output):
+        terms[name] = value.detach()
+        if kind in ("mse", "inner_level"):
+            weight = objective.mse
+        elif kind == "auxiliary":
+            weight = _auxiliary_weight(objective, architecture, spliced_value, float(value.detach()))
+        else:
+            weight = 1.0
+        if weight > 0:
+            weighted = value if weight == 1 else weight * value
+            total = weighted if total is None else total + weighted
+    return total, terms
+
+
+def _auxiliary_weight(objective: Objective, architecture: str, spliced_value: float, value: float) -> float:
+    if objective.auxiliary is not None:
+        return objective.auxiliary
+    if objective.mse > 0:
+        return objective.mse
+    if value <= 0:  # no dead feature at this step
+        return 0.0
+    return auxiliary_share(architecture) * spliced_value / value

@@ -1,0 +1,139 @@
+"""What is minimised: the weights of the KL, downstream and local terms, and where the downstream terms are measured."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+MatryoshkaLevels = Literal["all", "sampled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A weighted sum of three terms; sparsity stays in the SAE's own config.
+
+        kl * D_KL(y || y_hat)
+          + beta / (L - l) * sum_k ||a_hat^(k) - a^(k)||^2
+          + mse * ||a^(l) - SAE(a^(l))||^2
+          + sparsity, as the architecture defines it
+
+    Squared norms are summed over features and averaged, like the KL, over the tokens that are trained on (Braun et al.
+    2024, arXiv 2405.12241, section 2). Only the SAE gets a gradient, through blocks `l ... L` of the frozen model.
+
+    Raises:
+        ValueError: a weight is negative or not finite, all three are zero, downstream hooks are given without
+            `beta`, or `matryoshka_levels` is not one of its choices.
+    """
+
+    kl: float = 1.0
+    """Weight of `D_KL(y || y_hat)`, in nats per token, clean model first."""
+
+    beta: float = 0.0
+    """The paper's beta: weight of the downstream reconstruction, before the division by `L - l`."""
+
+    mse: float = 0.0
+    """Weight of the local reconstruction error at the SAE (SAELens's `mse_loss`, in the SAE's normalised space)."""
+
+    downstream_hooks: tuple[str, ...] | None = None
+    """Hook names of the downstream terms. None: the residual stream entering every later block (method's default)."""
+
+    auxiliary: float | None = None
+    """Weight of the architecture's own reconstruction-like extras (`auxiliary_reconstruction_loss` of TopK, BatchTopK,
+    Matryoshka and Gated). None: `mse` where that is positive, as in SAELens; otherwise the extras are rescaled at each
+    step, without gradient, to the share of the objective given by `architectures.DEFAULT_AUXILIARY_SHARE` (they are
+    squared errors, hundreds of times a KL)."""
+
+    matryoshka_levels: MatryoshkaLevels = "all"
+    """Inner Matryoshka levels that get the objective at each step: `all`, or one `sampled` level weighted by their
+    number (an unbiased estimate for the price of one more spliced pass)."""
+
+    def __post_init__(self) -> None:
+        for name in ("kl", "beta", "mse", "auxiliary"):
+            value = getattr(self, name)
+            if value is None and name == "auxiliary":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"Objective.{name} must be a number, got {value!r} ({type(value).__name__}).")
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(
+                    f"Objective.{name} must be a finite weight >= 0, got {value!r}. "
+                    "Set it to 0 to leave the term out."
+                )
+        if self.kl == self.beta == self.mse == 0:
+            raise ValueError(
+                "Objective has kl, beta and mse all 0, so nothing would be reconstructed. "
+                "Expected at least one positive weight, for instance Objective.e2e()."
+            )
+        if self.downstream_hooks is not None:
+            self._check_downstream_hooks()
+        if self.matryoshka_levels not in ("all", "sampled"):
+            raise ValueError(f"Objective.matryoshka_levels must be 'all' or 'sampled', got {self.matryoshka_levels!r}.")
+
+    def _check_downstream_hooks(self) -> None:
+        hooks = self.downstream_hooks
+        if isinstance(hooks, str) or not all(isinstance(hook, str) for hook in hooks or ()):
+            raise ValueError(f"Objective.downstream_hooks must be a list of hook names, got {hooks!r}.")
+        object.__setattr__(self, "downstream_hooks", tuple(hooks or ()))
+        if not hooks:
+            raise ValueError(
+                "Objective.downstream_hooks is empty. Leave it None for the default, the residual stream entering "
+                "every later block, or set beta=0 to leave the term out."
+            )
+        if len(set(hooks)) != len(hooks):
+            raise ValueError(f"Objective.downstream_hooks names a hook twice: {list(hooks)}.")
+        if self.beta == 0:
+            raise ValueError(
+                f"Objective.downstream_hooks is set to {list(hooks)} but beta is 0, so it would have no effect. "
+                "Give beta a positive weight or drop the hooks."
+            )
+
+    @classmethod
+    def local(cls, mse: float = 1.0, **settings: Any) -> Objective:
+        """SAELens's own objective: the reconstruction error at the SAE, nothing of the model's output."""
+        return cls(**{"kl": 0.0, "mse": mse, **settings})
+
+    @classmethod
+    def e2e(cls, kl: float = 1.0, **settings: Any) -> Objective:
+        """The paper's end-to-end objective: the KL alone."""
+        return cls(**{"kl": kl, **settings})
+
+    @classmethod
+    def e2e_downstream(cls, beta: float, kl: float = 1.0, **settings: Any) -> Objective:
+        """The paper's e2e + downstream objective. `beta` depends on the model's activation norms and has no default
+        (the paper's runs on GPT2-small: kl=0.5 and beta 0.0036, 0.0039 and 0.00013 at layers 2, 6 and 10)."""
+        return cls(**{"kl": kl, "beta": beta, **settings})
+
+    @property
+    def needs_spliced_pass(self) -> bool:
+        """Whether the model has to be run a second time, with the reconstruction in place."""
+        return self.kl > 0 or self.beta > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready fields; `from_dict` reads them back."""
+        return {**asdict(self), "downstream_hooks": self.downstream_hooks and list(self.downstream_hooks)}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any] | str) -> Objective:
+        """Read `to_dict`'s output, or the name of a constructor that needs no argument (`"local"`, `"e2e"`).
+
+        Raises:
+            ValueError: an unknown key or name (near matches are suggested), or a value that the class refuses.
+        """
+        if isinstance(settings, str):
+            named = {"local": cls.local, "e2e": cls.e2e}
+            if settings not in named:
+                raise ValueError(
+                    f"objective {settings!r} is not known. Expected 'local', 'e2e', or the fields "
+                    f"{[f.name for f in fields(cls)]} as a mapping."
+                )
+            return named[settings]()
+        known = {f.name for f in fields(cls)}
+        for key in settings:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"objective has an unknown key {key!r}. Expected some of {sorted(known)}.{hint}")
+        return cls(**settings)

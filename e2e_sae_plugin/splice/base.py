@@ -1,0 +1,236 @@
+"""The two passes over the frozen model: clean, and spliced from the SAE's block on. One subclass per model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from e2e_sae_plugin.splice.positions import HookPosition, near_matches
+
+HookFunction = Callable[[Tensor], Tensor | None]
+"""Called with the activation `[batch, pos, ...]`; a tensor that it returns takes the activation's place."""
+
+
+@dataclass
+class CleanPass:
+    """What the clean model computed, without gradients."""
+
+    activation: Tensor
+    """`a^(l)` at the SAE's hook, `[batch, pos, ...]` in the hook's own shape."""
+    block_input: Tensor
+    """Residual stream entering the block that the spliced pass starts at, `[batch, pos, d_model]`."""
+    downstream: dict[str, Tensor] = field(default_factory=dict)
+    """`a^(k)` by downstream hook name."""
+    hidden: Tensor | None = None
+    """Final hidden state after the final norm, `[batch, pos, d_model]`; None where the pass stopped before it."""
+    context: Any = None
+    """What the family needs to start again at a block (tokens, attention mask)."""
+
+
+@dataclass
+class SplicedPass:
+    """What the model computed with the SAE spliced in, with gradients back to the spliced activation."""
+
+    downstream: dict[str, Tensor]
+    hidden: Tensor | None
+
+
+class SplicedModel(ABC):
+    """A frozen model with an SAE's place in it.
+
+    The model is put into evaluation mode and its parameters stop requiring gradients when this is built. Hooks and
+    swapped layers exist only while a pass runs.
+    """
+
+    def __init__(self, model: nn.Module, hook_name: str, downstream_hooks: Sequence[str] | None, needs_downstream: bool):
+        self.model = model
+        self._freeze()
+        self.position = self._find_position(hook_name)
+        self.downstream_hooks = self._choose_downstream(downstream_hooks, needs_downstream)
+        self.vocabulary = 0  # known after `check`
+
+    def _freeze(self) -> None:
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+
+    def _choose_downstream(self, hooks: Sequence[str] | None, needed: bool) -> tuple[str, ...]:
+        if not needed:
+            return ()
+        if hooks is None:
+            hooks = self.position.default_downstream
+            if not hooks:
+                raise ValueError(
+                    f"objective.beta is positive but no downstream hook is left after {self.position.hook_name!r}: no "
+                    f"block of the {self.position.n_layers} lies beyond the one that it feeds. Use an earlier hook_name, "
+                    "set objective.beta to 0, or name objective.downstream_hooks in the same block."
+                )
+        for hook in hooks:
+            if hook not in self.hook_names():
+                raise ValueError(
+                    f"objective.downstream_hooks: the model has no hook {hook!r}.{near_matches(hook, self.hook_names())}"
+                )
+            if hook == self.position.hook_name:
+                raise ValueError(_not_downstream(hook, self.position.hook_name))
+        return tuple(hooks)
+
+    # What a family defines.
+
+    @abstractmethod
+    def hook_names(self) -> Sequence[str]:
+        """Names that `hook_name` and `downstream_hooks` may take."""
+
+    @abstractmethod
+    def _find_position(self, hook_name: str) -> HookPosition: ...
+
+    @abstractmethod
+    def _hooked(self, functions: Mapping[str, HookFunction]) -> AbstractContextManager[None]:
+        """Context manager that attaches the functions and detaches them whatever happens."""
+
+    @abstractmethod
+    def _prepare(self, tokens: Tensor) -> Any:
+        """What both passes over these tokens need, computed once (tokens, attention mask)."""
+
+    @abstractmethod
+    def _run(self, context: Any, start: Tensor | None) -> Tensor:
+        """Final hidden state of a run from the embeddings, or from `start` entering `position.start_block`."""
+
+    @abstractmethod
+    def _capture_block_input(self) -> AbstractContextManager[list[Tensor]]:
+        """Context manager yielding a list that receives the residual stream entering `position.start_block`."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own map from final hidden states `[tokens, d_model]` to logits `[tokens, vocabulary]`."""
+
+    @abstractmethod
+    def full_logits(self, tokens: Tensor) -> Tensor:
+        """Logits `[batch, pos, vocabulary]` of an ordinary forward pass, to check the splice against."""
+
+    # What all families share.
+
+    @torch.no_grad()
+    def clean_pass(self, tokens: Tensor, *, hidden: bool = True) -> CleanPass:
+        """Run the clean model on `tokens [batch, pos]`.
+
+        Args:
+            hidden: run to the final hidden state. False stops after the last activation that is wanted.
+        """
+        caught: dict[str, Tensor] = {}
+        wanted = [self.position.hook_name, *self.downstream_hooks]
+        functions = {name: _catcher(caught, name, None if hidden else wanted) for name in wanted}
+        context = self._prepare(tokens)
+        with self._hooked(functions), self._capture_block_input() as entering:
+            final = self._run_until_caught(context, None)
+        activation = caught.pop(self.position.hook_name)
+        block_input = activation if self.position.enters_block else entering[0]
+        return CleanPass(activation, block_input, caught, final, context)
+
+    def spliced_pass(self, clean: CleanPass, activation: Tensor, *, hidden: bool = True) -> SplicedPass:
+        """Run the model from the SAE's block on, with `activation` in the place of `clean.activation`.
+
+        Args:
+            activation: same shape, dtype and device as `clean.activation`; gradients flow back to it.
+            hidden: run to the final hidden state. False stops after the last downstream hook.
+        """
+        caught: dict[str, Tensor] = {}
+        wanted = None if hidden else self.downstream_hooks
+        functions = {name: _catcher(caught, name, wanted) for name in self.downstream_hooks}
+        if self.position.enters_block:
+            start = activation
+        else:
+            start = clean.block_input
+            functions[self.position.hook_name] = lambda _: activation
+        with self._hooked(functions):
+            final = self._run_until_caught(clean.context, start)
+        return SplicedPass(caught, final)
+
+    def _run_until_caught(self, context: Any, start: Tensor | None) -> Tensor | None:
+        try:
+            return self._run(context, start)
+        except _AllCaught:
+            return None
+
+    def check(self, context_size: int = 8) -> Tensor:
+        """Run the model on a few tokens and refuse what cannot be trained; returns the activation at the hook.
+
+        Raises:
+            ValueError: the model has no logits, is not causal, its logits are not a function of its final hidden state
+                alone, or a downstream hook does not depend on the SAE's output (or is the SAE's own place).
+        """
+        tokens = torch.arange(max(2, context_size), 0, -1, device=self.token_device)[None]
+        with torch.no_grad():
+            logits = self.full_logits(tokens)
+            if not isinstance(logits, Tensor) or logits.ndim != 3:
+                raise ValueError(f"The model gives no logits [batch, pos, vocabulary] but {_describe(logits)}.")
+            self.vocabulary = logits.shape[-1]
+            self._check_causal(tokens, logits)
+            clean = self.clean_pass(tokens)
+            assert clean.hidden is not None
+            rebuilt = self.logits(clean.hidden[0])
+        if not torch.allclose(rebuilt.float(), logits[0].float(), rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                "The model's logits are not its unembedding of the final hidden state "
+                f"(difference {float((rebuilt.float() - logits[0].float()).abs().max()):.2g}), so the KL cannot be "
+                "computed in chunks. Please report the model class: " + type(self.model).__name__
+            )
+        self._check_downstream(clean)
+        return clean.activation
+
+    def _check_causal(self, tokens: Tensor, logits: Tensor) -> None:
+        changed = tokens.clone()
+        changed[0, -1] = 0  # not the token it is (those count down to 1)
+        moved = (self.full_logits(changed)[0, :-1].float() - logits[0, :-1].float()).abs().max()
+        if float(moved) > 1e-2 * float(logits.float().abs().max()):
+            raise ValueError(
+                f"The model is not causal: changing the last token moves the logits of earlier positions by {moved:.2g}. "
+                "End-to-end training needs an autoregressive language model."
+            )
+
+    def _check_downstream(self, clean: CleanPass) -> None:
+        """Downstream means: computed in the spliced pass, from the SAE's output, and not that output itself."""
+        if not self.downstream_hooks:
+            return
+        activation = clean.activation.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            spliced = self.spliced_pass(clean, activation)
+        for hook in self.downstream_hooks:
+            value = spliced.downstream.get(hook)
+            same_place = value is not None and value.shape == activation.shape and torch.equal(value, activation)
+            if value is None or not value.requires_grad or same_place:
+                raise ValueError(_not_downstream(hook, self.position.hook_name))
+
+    @property
+    @abstractmethod
+    def token_device(self) -> torch.device:
+        """Device that tokens have to be on."""
+
+
+def _not_downstream(hook: str, hook_name: str) -> str:
+    return (
+        f"objective.downstream_hooks: {hook!r} is not downstream of the SAE at {hook_name!r}: its activation does not "
+        "depend on the SAE's output, or is that output. Name hooks that the model computes after the SAE."
+    )
+
+
+def _describe(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+class _AllCaught(Exception):
+    """Raised from a hook to end a pass early: everything that was wanted has been computed."""
+
+
+def _catcher(caught: dict[str, Tensor], name: str, stop_once_caught: Sequence[str] | None) -> HookFunction:
+    def catch(activation: Tensor) -> None:
+        caught[name] = activation
+        if stop_once_caught is not None and caught.keys() >= set(stop_once_caught):
+            raise _AllCaught
+
+    return catch

@@ -1,0 +1,94 @@
+"""Plain Hugging Face models through SAELens's `HookedProxyLM`, hooked at module paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from sae_lens.load_model import HookedProxyLM
+from torch import Tensor, nn
+
+from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
+from e2e_sae_plugin.splice.layer_swap import LayerSwap
+from e2e_sae_plugin.splice.positions import HookPosition, hugging_face_position, near_matches
+
+
+def find_layers(model: nn.Module, hook_name: str) -> str:
+    """Path of the list of decoder layers that `hook_name` lies in.
+
+    Raises:
+        ValueError: the hook lies in no list of decoder layers.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if hook_name not in names:
+        raise ValueError(f"The model has no hook_name {hook_name!r}.{near_matches(hook_name, names)}")
+    match = re.match(r"(.+?)\.\d+(\.|$)", hook_name)
+    if match is None or not isinstance(model.get_submodule(match[1]), nn.ModuleList):
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        raise ValueError(
+            f"hook_name {hook_name!r} is not a decoder layer or inside one. Expected a path below one of {lists[:3]}, "
+            f"for instance {lists[0]}.0." if lists else f"{type(model).__name__} has no list of decoder layers."
+        )
+    return match[1]
+
+
+class SplicedHuggingFace(SplicedModel):
+    """A Hugging Face causal language model, hooked at the outputs of its modules."""
+
+    model: HookedProxyLM  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self, model: HookedProxyLM, hook_name: str, downstream_hooks: Sequence[str] | None, needs_downstream: bool
+    ):
+        self._layers_path = find_layers(model.model, hook_name)
+        layers = model.model.get_submodule(self._layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        self._swap = LayerSwap(model.model, layers)
+        self._names = [name for name, _ in model.model.named_modules() if name]
+        super().__init__(model, hook_name, downstream_hooks, needs_downstream)
+
+    def hook_names(self) -> Sequence[str]:
+        return self._names
+
+    def _find_position(self, hook_name: str) -> HookPosition:
+        return hugging_face_position(hook_name, self._layers_path, len(self._swap.layers), self._names)
+
+    @contextmanager
+    def _hooked(self, functions: Mapping[str, HookFunction]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, function in functions.items():
+                module = self.model.model.get_submodule(name)
+                stack.callback(module.register_forward_hook(_on_output(function)).remove)
+            yield
+
+    def _capture_block_input(self) -> Any:
+        return self._swap.capture_input(self.position.start_block, wanted=not self.position.enters_block)
+
+    def _prepare(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def _run(self, context: Tensor, start: Tensor | None) -> Tensor:
+        return self._swap.run(context, start, self.position.start_block)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._swap.logits(hidden)
+
+    def full_logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, return_type="logits")
+
+    @property
+    def token_device(self) -> torch.device:
+        return self._swap.token_device
+
+
+def _on_output(function: HookFunction) -> Callable[[nn.Module, Any, Any], Any]:
+    def on_output(_: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+        if not isinstance(output, tuple):
+            return function(output)
+        value = function(output[0])
+        return None if value is None else (value, *output[1:])
+
+    return on_output

@@ -1,0 +1,143 @@
+"""Starting a Hugging Face decoder at a block, with the model's own forward pass.
+
+For the time of a pass, the layers before the block are replaced by modules that hand their input on, and the block's
+input is replaced by a pre-hook. Masks, position embeddings and everything else stay the model's own code, so the logits
+are bit-identical to a full pass. The head is run in the same way: the body is replaced by a module that returns the
+hidden states at hand, so soft caps, scales and biases need no knowledge here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _HandOn(nn.Module):
+    """Stands in for a decoder layer: returns its input (or `value`) in the form in which the layer returned its output."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool, value: Tensor | None):
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: only its attributes are wanted (attention_type, ...)
+        self.returns_tuple, self.value = returns_tuple, value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.__dict__.get("value")
+        if hidden is None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self.__dict__["returns_tuple"] else hidden
+
+
+class _Body(nn.Module):
+    """Stands in for the model's body: returns given hidden states in the body's own output class."""
+
+    def __init__(self, hidden: Tensor, output_class: type):
+        super().__init__()
+        self.__dict__.update(hidden=hidden, output_class=output_class)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        return self.__dict__["output_class"](last_hidden_state=self.__dict__["hidden"])
+
+
+class LayerSwap:
+    """Runs a Hugging Face causal language model from one of its decoder layers on.
+
+    Args:
+        model: the model with its head (`...ForCausalLM`).
+        layers: its list of decoder layers.
+
+    Raises:
+        ValueError: the model has no separate body (`base_model`), so it has no language-model head.
+    """
+
+    def __init__(self, model: nn.Module, layers: nn.ModuleList):
+        self.model, self.layers = model, layers
+        self.body_name = getattr(model, "base_model_prefix", "")
+        body = getattr(model, self.body_name, None) if self.body_name else None
+        if not isinstance(body, nn.Module) or getattr(model, "get_output_embeddings", lambda: None)() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no language-model head, so it gives no logits. "
+                "Load it with AutoModelForCausalLM."
+            )
+        self.body: nn.Module = body
+        self.output_class: type | None = None
+        self.returns_tuple = False
+
+    @property
+    def token_device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue, reportReturnType]
+
+    def run(self, tokens: Tensor, start: Tensor | None, start_block: int) -> Tensor:
+        """Final hidden state `[batch, pos, d_model]`, from the embeddings or with `start` entering `start_block`."""
+        if start is None:
+            output = self.body(input_ids=tokens, use_cache=False)
+        else:
+            with self._started_at(start_block, start):
+                output = self.body(input_ids=tokens, use_cache=False)
+        self.output_class = type(output)
+        return output.last_hidden_state
+
+    @contextmanager
+    def _started_at(self, start_block: int, start: Tensor) -> Iterator[None]:
+        originals = list(self.layers)
+        handle = None
+        try:
+            for i in range(start_block):
+                # Past the last layer there is no input to replace, so the last stand-in returns the value.
+                value = start if i == start_block - 1 == len(originals) - 1 else None
+                self.layers[i] = _HandOn(originals[i], self.returns_tuple, value)
+            if start_block < len(originals):
+                handle = originals[start_block].register_forward_pre_hook(
+                    lambda _, args, kwargs: _replace_hidden(args, kwargs, start), with_kwargs=True
+                )
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            for i, layer in enumerate(originals):
+                self.layers[i] = layer
+
+    @contextmanager
+    def capture_input(self, block: int, *, wanted: bool) -> Iterator[list[Tensor]]:
+        """Collect the residual stream entering `block`, and note in what form the layers return their output."""
+        entering: list[Tensor] = []
+        handles = []
+        if wanted:
+            handles.append(
+                self.layers[block].register_forward_pre_hook(
+                    lambda _, args, kwargs: entering.append(args[0] if args else kwargs["hidden_states"]),
+                    with_kwargs=True,
+                )
+            )
+
+        def note_form(_: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+            self.returns_tuple = isinstance(output, tuple)
+
+        handles.append(self.layers[0].register_forward_hook(note_form))
+        try:
+            yield entering
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[tokens, vocabulary]` of final hidden states, by the model's own head."""
+        assert self.output_class is not None, "run() first: it tells the class of the body's output"
+        tokens = torch.zeros((1, hidden.shape[0]), dtype=torch.long, device=self.token_device)
+        setattr(self.model, self.body_name, _Body(hidden[None], self.output_class))
+        try:
+            return self.model(input_ids=tokens, use_cache=False).logits[0]
+        finally:
+            setattr(self.model, self.body_name, self.body)
+
+
+def _replace_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[Any, Any]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}

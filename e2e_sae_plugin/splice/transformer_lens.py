@@ -1,0 +1,143 @@
+"""TransformerLens models: `HookedTransformer`, which starts at a block by itself, and `TransformerBridge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.activation_functions import apply_softcap
+
+from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
+from e2e_sae_plugin.splice.layer_swap import LayerSwap
+from e2e_sae_plugin.splice.positions import HookPosition, transformer_lens_position
+
+# Hooks of a pass carry a level of their own, so that removing them leaves a user's hooks where they are.
+HOOK_LEVEL = 10_007
+
+
+@contextmanager
+def hook_points(points: Mapping[str, HookPoint], functions: Mapping[str, HookFunction]) -> Iterator[None]:
+    """Attach functions to TransformerLens hook points (which reshape heads for us) and always detach them."""
+    attached: list[HookPoint] = []
+    try:
+        for name, function in functions.items():
+            point = points[name]
+            attached.append(point)
+            # By keyword: TransformerLens calls hooks as fn(activation, hook=point).
+            point.add_hook(lambda activation, hook, function=function: function(activation), level=HOOK_LEVEL)  # noqa: ARG005
+        yield
+    finally:
+        for point in attached:
+            point.remove_hooks(dir="fwd", level=HOOK_LEVEL)
+
+
+@dataclass
+class _Embedded:
+    tokens: Tensor
+    residual: Tensor
+    shortformer_pos_embed: Tensor | None
+    attention_mask: Tensor | None
+
+
+class SplicedHookedTransformer(SplicedModel):
+    """A `HookedTransformer`, run from a block by its own `start_at_layer`."""
+
+    model: HookedTransformer
+
+    def hook_names(self) -> Sequence[str]:
+        return list(self.model.hook_dict)
+
+    def _find_position(self, hook_name: str) -> HookPosition:
+        return transformer_lens_position(hook_name, self.model.cfg.n_layers, self.hook_names())
+
+    def _hooked(self, functions: Mapping[str, HookFunction]) -> Any:
+        return hook_points(self.model.hook_dict, functions)
+
+    @contextmanager
+    def _capture_block_input(self) -> Iterator[list[Tensor]]:
+        entering: list[Tensor] = []
+        if self.position.enters_block:
+            yield entering
+            return
+        name = f"blocks.{self.position.start_block}.hook_resid_pre"
+        with hook_points(self.model.hook_dict, {name: entering.append}):
+            yield entering
+
+    def _prepare(self, tokens: Tensor) -> _Embedded:
+        # The mask (None but for left-padding tokenizers) is only computed here; a run from a block has to be given it.
+        residual, _, shortformer_pos_embed, attention_mask = self.model.input_to_embed(tokens, prepend_bos=False)
+        return _Embedded(tokens, residual, shortformer_pos_embed, attention_mask)
+
+    def _run(self, context: _Embedded, start: Tensor | None) -> Tensor:
+        residual = self.model(
+            context.residual if start is None else start,
+            start_at_layer=0 if start is None else self.position.start_block,
+            stop_at_layer=self.model.cfg.n_layers,
+            shortformer_pos_embed=context.shortformer_pos_embed,
+            attention_mask=context.attention_mask,
+        )
+        return residual if self.model.cfg.normalization_type is None else self.model.ln_final(residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return apply_softcap(self.model.unembed(hidden[None])[0], self.model.cfg.output_logits_soft_cap)
+
+    def full_logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, return_type="logits", prepend_bos=False)
+
+    @property
+    def token_device(self) -> torch.device:
+        return self.model.embed.W_E.device
+
+
+class SplicedBridge(SplicedModel):
+    """A `TransformerBridge`: TransformerLens's hook points on a Hugging Face model, which `LayerSwap` starts at a block."""
+
+    model: TransformerBridge  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _freeze(self) -> None:
+        super()._freeze()
+        self.model.original_model.eval()
+        for parameter in self.model.original_model.parameters():
+            parameter.requires_grad_(False)
+        self._points: dict[str, HookPoint] = self.model.hook_dict  # resolves aliases anew at every access: keep it
+        blocks = self.model.blocks
+        assert isinstance(blocks, nn.ModuleList)
+        self._swap = LayerSwap(self.model.original_model, blocks)
+
+    def hook_names(self) -> Sequence[str]:
+        return list(self._points)
+
+    def _find_position(self, hook_name: str) -> HookPosition:
+        return transformer_lens_position(hook_name, len(self._swap.layers), self.hook_names())
+
+    def _hooked(self, functions: Mapping[str, HookFunction]) -> Any:
+        return hook_points(self._points, functions)
+
+    def _capture_block_input(self) -> Any:
+        return self._swap.capture_input(self.position.start_block, wanted=not self.position.enters_block)
+
+    def _prepare(self, tokens: Tensor) -> Tensor:
+        if hasattr(self.model, "pos_embed"):
+            self.model.pos_embed._current_batch_size = tokens.shape[0]  # as the bridge's own forward does
+        return tokens
+
+    def _run(self, context: Tensor, start: Tensor | None) -> Tensor:
+        self._prepare(context)
+        return self._swap.run(context, start, self.position.start_block)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._swap.logits(hidden)
+
+    def full_logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, return_type="logits", prepend_bos=False)
+
+    @property
+    def token_device(self) -> torch.device:
+        return self._swap.token_device
