@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from torch import Tensor
@@ -18,6 +19,11 @@ LossKind = Literal["mse", "inner_level", "auxiliary", "sparsity"]
 # Gated: the term is what trains the gates, so it weighs more, yet less than the KL on live features.
 DEFAULT_AUXILIARY_SHARE = {"gated": 0.1}
 _TOPK_SHARE = 1 / 32
+
+# SAELens's own architectures name every term of their loss; only a user's may not.
+NAMES_EVERY_LOSS = frozenset(
+    {"standard", "gated", "topk", "abstopk", "jumprelu", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"}
+)
 
 _RUN_TIME_NORMALISATIONS = frozenset({"layer_norm", "constant_norm_rescale"})
 # The host raises for these once a feature is dead (TopK's auxiliary loss, in topk_sae.py) or, with Matryoshka, at the
@@ -40,7 +46,8 @@ def check_normalisation(architecture: str, normalize_activations: str) -> None:
     refused = UNTRAINABLE_NORMALISATIONS.get(architecture, frozenset())
     if normalize_activations in refused:
         usable = sorted(
-            {"none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening"} - refused
+            {"none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening"}
+            - refused
         )
         raise ValueError(
             f"sae.normalize_activations={normalize_activations!r} cannot be trained with architecture {architecture!r}: "
@@ -70,51 +77,49 @@ def inner_reconstructions(sae: TrainingSAE[Any], feature_acts: Tensor) -> list[t
     return [(str(width), reconstruction) for width, reconstruction in sae._iterable_decode(feature_acts)]
 
 
-def sae_losses(output: TrainStepOutput) -> Iterable[tuple[str, LossKind, Tensor]]:
-    """The named losses of a training forward pass, and what of `output.loss` has no name (a registered architecture may
-    return one bare tensor), as `unnamed_loss`."""
-    named = 0.0
+def sae_losses(output: TrainStepOutput, architecture: str) -> Iterable[tuple[str, LossKind, Tensor]]:
+    """The named losses of a training forward pass and, for a user's architecture (which may return one bare tensor),
+    what of `output.loss` has no name, as `unnamed_loss`."""
     for name, value in output.losses.items():
-        named = named + value
         yield name, loss_kind(name), value
-    if not output.losses or bool((output.loss.detach() - named).abs() > 1e-5 * output.loss.detach().abs() + 1e-12):
-        yield "unnamed_loss", "sparsity", output.loss - named
+    if architecture not in NAMES_EVERY_LOSS:
+        yield "unnamed_loss", "sparsity", output.loss - sum(output.losses.values())
 
 
 def combine_sae_losses(
-    output: TrainStepOutput, architecture: str, objective: Objective, spliced_value: float
-) -> tuple[Tensor | None, dict[str, Tensor]]:
+    output: TrainStepOutput, architecture: str, objective: Objective, spliced_value: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The part of the objective that is computed on the SAE alone.
 
     Args:
         output: SAELens's training forward pass.
-        spliced_value: weighted value of the KL and downstream terms at this step, in nats, which the default
+        spliced_value: weighted value of the KL and downstream terms at this step, detached, which the default
             auxiliary weight is a share of.
 
     Returns:
-        The weighted total (None when every term has weight 0), and every term detached and unweighted.
+        The weighted total, and every term detached and unweighted.
     """
     total: Tensor | None = None
     terms: dict[str, Tensor] = {}
-    for name, kind, value in sae_losses(output):
+    for name, kind, value in sae_losses(output, architecture):
         terms[name] = value.detach()
+        weight: float | Tensor = 1.0
         if kind in ("mse", "inner_level"):
             weight = objective.mse
         elif kind == "auxiliary":
-            weight = _auxiliary_weight(objective, architecture, spliced_value, float(value.detach()))
-        else:
-            weight = 1.0
-        if weight > 0:
-            weighted = value if weight == 1 else weight * value
-            total = weighted if total is None else total + weighted
-    return total, terms
+            weight = _auxiliary_weight(objective, architecture, spliced_value, value.detach())
+        if isinstance(weight, float | int) and weight == 0:
+            continue  # keeps a term that is left out from costing a backward
+        weighted = weight * value
+        # No start from 0: the order of the sum is the host's, so that the local objective is the host's to the bit.
+        total = weighted if total is None else total + weighted
+    return output.loss.new_zeros(()) if total is None else total, terms
 
 
-def _auxiliary_weight(objective: Objective, architecture: str, spliced_value: float, value: float) -> float:
+def _auxiliary_weight(objective: Objective, architecture: str, spliced_value: Tensor, value: Tensor) -> float | Tensor:
     if objective.auxiliary is not None:
         return objective.auxiliary
     if objective.mse > 0:
         return objective.mse
-    if value <= 0:  # no dead feature at this step
-        return 0.0
-    return auxiliary_share(architecture) * spliced_value / value
+    balanced = auxiliary_share(architecture) * spliced_value / value
+    return torch.where(value > 0, balanced, torch.zeros_like(balanced))  # 0 where no feature is dead

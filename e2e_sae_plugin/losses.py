@@ -57,9 +57,7 @@ def fused_kl_sum(
 
 class _FusedKLSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, spliced_hidden: Tensor, clean_hidden: Tensor, unembed: Unembed, vocabulary: int
-    ) -> Tensor:
+    def forward(ctx: Any, spliced_hidden: Tensor, clean_hidden: Tensor, unembed: Unembed, vocabulary: int) -> Tensor:
         chunk = max(1, CHUNK_LOGIT_ELEMENTS // vocabulary)
         needs_grad = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float64, device=spliced_hidden.device)
@@ -96,8 +94,6 @@ def _kl_chunk(clean: Tensor, spliced: Tensor, unembed: Unembed, needs_grad: bool
 
 
 @shape_checked
-def squared_error_sum(
-    spliced: Float[Tensor, "tokens d"], clean: Float[Tensor, "tokens d"]
-) -> Float[Tensor, ""]:
+def squared_error_sum(spliced: Float[Tensor, "tokens d"], clean: Float[Tensor, "tokens d"]) -> Float[Tensor, ""]:
     """Sum over tokens of `||a_hat^(k) - a^(k)||^2` at one downstream point; the clean side gets no gradient."""
     return (spliced.float() - clean.detach().float()).pow(2).sum()

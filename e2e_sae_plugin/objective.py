@@ -59,8 +59,7 @@ class Objective:
                 raise ValueError(f"Objective.{name} must be a number, got {value!r} ({type(value).__name__}).")
             if not math.isfinite(value) or value < 0:
                 raise ValueError(
-                    f"Objective.{name} must be a finite weight >= 0, got {value!r}. "
-                    "Set it to 0 to leave the term out."
+                    f"Objective.{name} must be a finite weight >= 0, got {value!r}. Set it to 0 to leave the term out."
                 )
         if self.kl == self.beta == self.mse == 0:
             raise ValueError(

@@ -221,10 +221,14 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, MODEL_CONFIG["d_vocab"])
     tokenizer.save(str(args.output / "tokenizer.json"))
     bos = tokenizer.token_to_id(BOS_TOKEN)
-    ids = [torch.tensor(encoding.ids, dtype=torch.int16) for encoding in tokenizer.encode_batch(texts)]  # BOS, then the file
+    ids = [
+        torch.tensor(encoding.ids, dtype=torch.int16) for encoding in tokenizer.encode_batch(texts)
+    ]  # BOS, then the file
     stream = torch.cat(ids)
     size = sum(len(text.encode()) for text in texts)
-    print(f"{len(texts)} files, {size / 1e6:.1f} MB, {len(stream) / 1e6:.2f}M tokens, {size / len(stream):.2f} bytes a token")
+    print(
+        f"{len(texts)} files, {size / 1e6:.1f} MB, {len(stream) / 1e6:.2f}M tokens, {size / len(stream):.2f} bytes a token"
+    )
 
     model = Transformer(MODEL_CONFIG)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")

@@ -46,9 +46,7 @@ def stdlib_files(split: Split, root: Path | None = None, *, include_tests: bool 
     root = root or Path(sysconfig.get_paths()["stdlib"])
     excluded = EXCLUDED_DIRECTORIES - {"test", "tests"} if include_tests else EXCLUDED_DIRECTORIES
     found = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not excluded.intersection(path.relative_to(root).parts[:-1])
+        path for path in sorted(root.rglob("*.py")) if not excluded.intersection(path.relative_to(root).parts[:-1])
     ]
     if not found:
         raise FileNotFoundError(

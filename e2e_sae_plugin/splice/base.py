@@ -48,7 +48,9 @@ class SplicedModel(ABC):
     swapped layers exist only while a pass runs.
     """
 
-    def __init__(self, model: nn.Module, hook_name: str, downstream_hooks: Sequence[str] | None, needs_downstream: bool):
+    def __init__(
+        self, model: nn.Module, hook_name: str, downstream_hooks: Sequence[str] | None, needs_downstream: bool
+    ):
         self.model = model
         self._freeze()
         self.position = self._find_position(hook_name)

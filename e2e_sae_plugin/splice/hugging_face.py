@@ -30,7 +30,9 @@ def find_layers(model: nn.Module, hook_name: str) -> str:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ValueError(
             f"hook_name {hook_name!r} is not a decoder layer or inside one. Expected a path below one of {lists[:3]}, "
-            f"for instance {lists[0]}.0." if lists else f"{type(model).__name__} has no list of decoder layers."
+            f"for instance {lists[0]}.0."
+            if lists
+            else f"{type(model).__name__} has no list of decoder layers."
         )
     return match[1]
 

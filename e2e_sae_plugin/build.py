@@ -1,0 +1,118 @@
+"""From a config to the parts of a run: the SAE, the model, and the checks that they fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.load_model import load_model
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.util import temporary_seed
+from transformer_lens.model_bridge import TransformerBridge
+
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.splice import SplicedModel
+
+
+def build_sae(cfg: E2ESAERunnerConfig) -> TrainingSAE[Any]:
+    """The SAE of `cfg.sae`, initialised from `cfg.seed` or with the weights in `cfg.from_pretrained_path`.
+
+    Unlike the host, which takes the config that lies beside the weights (and resets what an inference folder lacks), the
+    config that the user wrote wins.
+
+    Raises:
+        ValueError: there are no weights there, or they do not fit `cfg.sae`.
+    """
+    with temporary_seed(cfg.seed):
+        sae: TrainingSAE[Any] = TrainingSAE.from_dict(
+            TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict()).to_dict()
+        )
+    if cfg.from_pretrained_path is None:
+        return sae
+    weights = Path(cfg.from_pretrained_path) / SAE_WEIGHTS_FILENAME
+    if not weights.is_file():
+        raise ValueError(
+            f"from_pretrained_path={cfg.from_pretrained_path!r} holds no {SAE_WEIGHTS_FILENAME}. Expected a folder that "
+            "SAELens or this package saved."
+        )
+    state = load_file(weights)
+    sae.process_state_dict_for_loading(state)
+    try:
+        sae.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in from_pretrained_path={cfg.from_pretrained_path!r} do not fit the "
+            f"{sae.cfg.architecture()!r} SAE of the config (d_in={sae.cfg.d_in}, d_sae={sae.cfg.d_sae}): {error}"
+        ) from error
+    return sae
+
+
+def load_model_for(cfg: E2ESAERunnerConfig) -> Any:
+    """Load `cfg.model_name` as `cfg.model_class_name`.
+
+    A `TransformerBridge`, which the host cannot load, takes `boot_transformers`'s arguments from
+    `model_from_pretrained_kwargs`; with `center_writing_weights=True` among them its weights are processed by
+    `enable_compatibility_mode()`. Hugging Face models are wrapped without hooks of the host's: passes attach their own.
+    """
+    kwargs = dict(cfg.model_from_pretrained_kwargs or {})
+    if cfg.model_class_name != "TransformerBridge":
+        return load_model(
+            cfg.model_class_name,
+            cfg.model_name,
+            device=cfg.llm_device,
+            model_from_pretrained_kwargs=kwargs,
+            hook_names=[],
+        )
+    processed = kwargs.pop("center_writing_weights", False)
+    bridge = TransformerBridge.boot_transformers(cfg.model_name, device=cfg.llm_device, **kwargs)
+    if processed:
+        bridge.enable_compatibility_mode()
+    return bridge
+
+
+def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAERunnerConfig) -> None:
+    """Run a few tokens through the model and refuse an SAE that does not fit the hook.
+
+    Raises:
+        ValueError: `SplicedModel.check` refuses the model, `d_in` does not match the hook, `hook_head_index` has no head
+            to choose, or the context is longer than the model's.
+    """
+    n_ctx = getattr(getattr(model.model, "cfg", None), "n_ctx", None)
+    if isinstance(n_ctx, int) and cfg.context_size > n_ctx:
+        raise ValueError(f"context_size={cfg.context_size} is longer than the model's context of {n_ctx} tokens.")
+    shape = tuple(model.check(min(8, cfg.context_size)).shape[2:])
+    width = math.prod(shape)
+    if cfg.hook_head_index is not None:
+        if len(shape) != 2:
+            raise ValueError(
+                f"hook_head_index={cfg.hook_head_index} needs a hook with heads, such as blocks.0.attn.hook_z; "
+                f"{cfg.hook_name!r} has activations of shape [batch, pos, {', '.join(map(str, shape))}]."
+            )
+        if not 0 <= cfg.hook_head_index < shape[0]:
+            raise ValueError(
+                f"hook_head_index={cfg.hook_head_index} is out of range: {cfg.hook_name!r} has {shape[0]} heads."
+            )
+        width = shape[1]
+    if sae.cfg.d_in != width:
+        raise ValueError(
+            f"sae.d_in={sae.cfg.d_in} does not match {cfg.hook_name!r}, whose activations have "
+            f"{' x '.join(map(str, shape))} dimensions. Set sae.d_in={width}"
+            + (", or hook_head_index to train on one head." if len(shape) == 2 and cfg.hook_head_index is None else ".")
+        )
+
+
+@contextmanager
+def reading_dataset(cfg: E2ESAERunnerConfig) -> Iterator[None]:
+    """Turn the host's bare `StopIteration` for a dataset without rows into an error that says so."""
+    try:
+        yield
+    except StopIteration:
+        raise ValueError(
+            f"The dataset {cfg.dataset_path!r} has no rows, so it ran out before one batch. Check dataset_path or "
+            "override_dataset."
+        ) from None

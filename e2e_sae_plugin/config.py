@@ -1,0 +1,219 @@
+"""`E2ESAERunnerConfig`: SAELens's runner config plus what end-to-end training adds.
+
+No postponed annotations here: the command line is built from this class (simple-parsing reads the types).
+"""
+
+import dataclasses
+import difflib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+
+from e2e_sae_plugin.architectures import check_normalisation
+from e2e_sae_plugin.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
+
+FieldTreatment = Literal["kept", "no_effect", "refused"]
+
+# They shape the host's activation buffer, which is not used (whole sequences are trained on as they come), or have no
+# effect in the host either. Warned about, by name, when they differ from the host's default.
+FIELDS_WITHOUT_EFFECT = frozenset(
+    {
+        "n_batches_in_buffer",
+        "activations_mixing_fraction",
+        "act_store_device",
+        "prefetch_llm_batches",
+        "llm_compilation_mode",
+        "dead_feature_threshold",
+        "hook_eval",
+        "is_dataset_tokenized",
+    }
+)
+# They would change the result, and have no counterpart here: an error when they differ from the host's default.
+FIELDS_REFUSED = {
+    "use_cached_activations": "end-to-end training runs the model at every step; cached activations cannot be spliced",
+    "cached_activations_path": "end-to-end training runs the model at every step; cached activations cannot be spliced",
+    "compile_llm": "SAELens compiles run_with_cache, which is not used here",
+    "model_kwargs": "they are arguments of run_with_cache, which is not used here",
+}
+# Everything else of the host's config keeps its meaning. A test fails for a host field that is not listed.
+FIELDS_KEPT = frozenset(
+    """sae model_name model_class_name hook_name hook_head_index dataset_path dataset_trust_remote_code streaming
+    use_chat_formatting context_size from_pretrained_path training_tokens store_batch_size_prompts seqpos_slice
+    disable_concat_sequences sequence_separator_token device llm_device seed dtype prepend_bos autocast autocast_lm
+    compile_sae sae_compilation_mode train_batch_size_tokens adam_beta1 adam_beta2 lr lr_scheduler_name lr_warm_up_steps
+    lr_end lr_decay_steps n_restart_cycles dead_feature_window feature_sampling_window n_eval_batches
+    eval_batch_size_prompts logger n_checkpoints checkpoint_path save_final_checkpoint output_path resume_from_checkpoint
+    verbose model_from_pretrained_kwargs sae_lens_version sae_lens_training_version exclude_special_tokens
+    n_batches_for_norm_estimate""".split()
+)
+
+
+@dataclass
+class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[reportMissingTypeArgument]
+    """SAELens's runner config, for end-to-end training. An existing SAELens config runs with this class instead.
+
+    Fields of the host keep their meaning, with these readings: one optimizer step is `train_batch_size_tokens` divided by
+    the positions of a sequence that are trained on, in whole sequences; `store_batch_size_prompts` is the most sequences
+    that go through the model at once (the micro-batch is the largest divisor of the step not above it); special tokens
+    that are excluded drop out of every average, while step counts and `training_tokens` count them; `n_eval_batches`
+    batches of `eval_batch_size_prompts` sequences are taken from the head of the dataset, never trained on, and
+    evaluated every `logger.wandb_log_frequency * logger.eval_every_n_wandb_logs` steps, with Weights & Biases or not.
+
+    Args:
+        objective (Objective): what is minimised besides the SAE's own sparsity terms. Default: the KL alone.
+        max_grad_norm (float, optional): clip the norm of all the SAE's gradients to this. Default 1.0, as fixed in SAELens; the paper used 10. None disables clipping.
+
+    Raises:
+        ValueError: a setting cannot work or would have no effect; the message names the field, what it got, what it
+            expected and what to do.
+    """
+
+    objective: Objective = field(default_factory=Objective)
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        self._check_fields()
+        super().__post_init__()
+        check_normalisation(self.sae.architecture(), self.sae.normalize_activations)
+        self._check_batch()
+
+    def _check_fields(self) -> None:
+        if self.model_class_name not in MODEL_CLASSES:
+            raise ValueError(
+                f"model_class_name={self.model_class_name!r} is not supported. Expected one of {list(MODEL_CLASSES)}"
+                + (": a state-space model has no blocks to start from." if "Mamba" in self.model_class_name else ".")
+            )
+        if isinstance(self.objective, Mapping | str):
+            self.objective = Objective.from_dict(self.objective)
+        if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
+            raise ValueError(
+                f"max_grad_norm must be a positive finite number, or None for no clipping, got {self.max_grad_norm!r}."
+            )
+        defaults = _host_defaults()
+        for name, reason in FIELDS_REFUSED.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is refused: {reason}. Leave it at {defaults[name]!r}."
+                )
+        # A saved config names the store's device, which the host resolves to the SAE's.
+        defaults["act_store_device"] = self.act_store_device if self.act_store_device == self.device else None
+        idle = [name for name in sorted(FIELDS_WITHOUT_EFFECT) if getattr(self, name) != defaults[name]]
+        if idle and self.verbose:
+            logger.warning(
+                "No effect in end-to-end training: %s.", ", ".join(f"{n}={getattr(self, n)!r}" for n in idle)
+            )
+        for name in ("training_tokens", "train_batch_size_tokens", "store_batch_size_prompts", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+
+    def _check_batch(self) -> None:
+        per_sequence, batch = self.training_context_size, self.train_batch_size_tokens
+        if batch % per_sequence:
+            below = max(batch // per_sequence, 1) * per_sequence
+            nearest = f"{below} or {below + per_sequence}" if batch > per_sequence else f"{per_sequence}"
+            raise ValueError(
+                f"train_batch_size_tokens={batch} is not a whole number of sequences: context_size={self.context_size} "
+                f"and seqpos_slice={tuple(self.seqpos_slice)} leave {per_sequence} tokens of each sequence to train on. "
+                f"Nearest usable: {nearest}."
+            )
+        if self.training_tokens < batch:
+            raise ValueError(
+                f"training_tokens={self.training_tokens} is less than one step of train_batch_size_tokens={batch}. "
+                "Raise the former or lower the latter."
+            )
+
+    @property
+    def training_context_size(self) -> int:
+        """Positions of a sequence that are trained on: `context_size` through `seqpos_slice`."""
+        return len(range(self.context_size)[slice(*self.seqpos_slice)])
+
+    @property
+    def step_size_prompts(self) -> int:
+        """Sequences in one optimizer step."""
+        return self.train_batch_size_tokens // self.training_context_size
+
+    @property
+    def micro_batch_size_prompts(self) -> int:
+        """Sequences that go through the model at once: the largest divisor of the step within `store_batch_size_prompts`."""
+        step = self.step_size_prompts
+        return max(n for n in range(1, min(step, self.store_batch_size_prompts) + 1) if step % n == 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, JSON-ready; `from_dict` reads it back. Its host part alone is `host_dict`."""
+        return {**super().to_dict(), "objective": self.objective.to_dict(), "seqpos_slice": list(self.seqpos_slice)}
+
+    def host_dict(self) -> dict[str, Any]:
+        """The fields that SAELens's own `LanguageModelSAERunnerConfig.from_dict` accepts (it fails on any other)."""
+        host = {f.name for f in fields(LanguageModelSAERunnerConfig)}
+        return {key: value for key, value in self.to_dict().items() if key in host}
+
+    @classmethod
+    def from_dict(cls, cfg_dict: dict[str, Any]) -> "E2ESAERunnerConfig":
+        """Read `to_dict`'s output, a host `runner_cfg.json`, or a hand-written mapping that leaves out defaults.
+
+        Raises:
+            ValueError: an unknown key anywhere (near matches are suggested), or a value that the class refuses.
+        """
+        cfg_dict = dict(cfg_dict)
+        _require_known_keys(cfg_dict, {f.name for f in fields(cls)}, "config")
+        sae = dict(cfg_dict.get("sae") or {})
+        architecture = sae.get("architecture")
+        if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+            raise ValueError(
+                f"sae.architecture must be one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}, got {architecture!r}."
+            )
+        sae_class = get_sae_training_class(architecture)[1]
+        _require_known_keys(sae, {f.name for f in fields(sae_class)} | {"architecture"}, "sae")
+        cfg_dict["sae"] = sae_class.from_dict(sae)
+        logging_dict = dict(cfg_dict.get("logger") or {})
+        _require_known_keys(logging_dict, {f.name for f in fields(LoggingConfig)}, "logger")
+        cfg_dict["logger"] = LoggingConfig(**logging_dict)
+        if "objective" in cfg_dict:
+            cfg_dict["objective"] = Objective.from_dict(cfg_dict["objective"])
+        if "seqpos_slice" in cfg_dict:
+            cfg_dict["seqpos_slice"] = tuple(cfg_dict["seqpos_slice"])
+        for name, value in cfg_dict.items():
+            if name.endswith("_device") and value == "None":  # the host writes str(None)
+                cfg_dict[name] = None
+        config = cls(**cfg_dict)
+        if "checkpoint_path" in cfg_dict and logging_dict.get("run_name"):
+            # A saved config already carries the run's id, which __post_init__ appends to the path again.
+            config.checkpoint_path = cfg_dict["checkpoint_path"]
+        return config
+
+
+def _require_known_keys(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Expected some of {sorted(known)}."
+            raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
+
+
+def _host_defaults() -> dict[str, Any]:
+    """Default of every host field as `__init__` leaves it, before the host's own `__post_init__`."""
+    defaults: dict[str, Any] = {}
+    for host_field in fields(LanguageModelSAERunnerConfig):
+        if host_field.default is not dataclasses.MISSING:
+            defaults[host_field.name] = host_field.default
+        elif host_field.default_factory is not dataclasses.MISSING:
+            defaults[host_field.name] = host_field.default_factory()
+    return defaults
+
+
+def field_treatment(name: str) -> FieldTreatment | None:
+    """How a host field is treated; None for one that this version does not know."""
+    if name in FIELDS_REFUSED:
+        return "refused"
+    if name in FIELDS_WITHOUT_EFFECT:
+        return "no_effect"
+    return "kept" if name in FIELDS_KEPT else None

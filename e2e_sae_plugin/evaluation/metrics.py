@@ -1,0 +1,180 @@
+"""How much of the model's behaviour one SAE keeps, measured on token sequences in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+
+from e2e_sae_plugin.losses import CHUNK_LOGIT_ELEMENTS
+from e2e_sae_plugin.splice import SplicedModel, SplicedPass
+from e2e_sae_plugin.splice.activations import select_tokens
+from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, downstream_error_sum, splice
+
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`sae_in [tokens, d_in]`, as the model has it, -> (`feature_acts [tokens, d_sae]`, `sae_out [tokens, d_in]`)."""
+
+
+@dataclass(frozen=True)
+class SpliceMetrics:
+    """Means over the tokens that the SAE is applied to."""
+
+    ce_loss_without_sae: float
+    """Cross-entropy of the clean model in nats per token."""
+    ce_loss_with_sae: float
+    """Cross-entropy with the SAE spliced in."""
+    kl: float
+    """`D_KL(y || y_hat)` in nats per token."""
+    l0: float
+    """Active features per token."""
+    mse: float
+    """`||a - SAE(a)||^2`, summed over dimensions, in the model's own space."""
+    explained_variance: float
+    """1 - mean squared error / mean squared distance from the mean activation (SAELens's `explained_variance`)."""
+    n_alive: int
+    """Features that fire at least once on these tokens."""
+    downstream_mse: dict[str, float]
+    """`||a_hat^(k) - a^(k)||^2` by downstream hook."""
+    n_tokens: int
+
+    @property
+    def ce_loss_increase(self) -> float:
+        """The paper's measure: cross-entropy with the SAE minus without."""
+        return self.ce_loss_with_sae - self.ce_loss_without_sae
+
+    def to_log(self) -> dict[str, float]:
+        """The metrics under the names that go to the log."""
+        return {
+            "metrics/ce_loss_increase": self.ce_loss_increase,
+            "metrics/ce_loss_without_sae": self.ce_loss_without_sae,
+            "metrics/ce_loss_with_sae": self.ce_loss_with_sae,
+            "metrics/held_out_kl": self.kl,
+            "metrics/held_out_l0": self.l0,
+            "metrics/held_out_mse": self.mse,
+            "metrics/held_out_explained_variance": self.explained_variance,
+            **{f"metrics/held_out_downstream_mse/{hook}": value for hook, value in self.downstream_mse.items()},
+        }
+
+
+def reconstruct_with(sae: SAE[Any], activation_shape: Sequence[int] | None = None) -> Reconstruct:
+    """`Reconstruct` of an SAE in inference or training form.
+
+    Args:
+        activation_shape: trailing shape of the model's activation, `[n_heads, d_head]` for a `hook_z` SAE that reshapes
+            by itself.
+    """
+
+    def reconstruct(sae_in: Tensor) -> tuple[Tensor, Tensor]:
+        x = sae_in.to(sae.device)
+        if sae.hook_z_reshaping_mode and activation_shape is not None:
+            x = x.unflatten(-1, tuple(activation_shape))
+        feature_acts = sae.encode(x)
+        return feature_acts, sae.decode(feature_acts).flatten(1)
+
+    return reconstruct
+
+
+@torch.no_grad()
+def measure(
+    reconstruct: Reconstruct,
+    model: SplicedModel,
+    tokens: Tensor,
+    *,
+    batch_size_prompts: int = 8,
+    seqpos_slice: Sequence[int | None] = (None,),
+    excluded: Tensor | None = None,
+    head_index: int | None = None,
+) -> SpliceMetrics:
+    """Measure an SAE on `tokens [n_prompts, pos]`, `batch_size_prompts` sequences at a time.
+
+    Args:
+        reconstruct: the SAE, see `reconstruct_with`.
+        model: the model with the SAE's place in it; its downstream hooks are measured.
+        seqpos_slice: positions that the SAE is applied to.
+        excluded: token ids that it is not applied to.
+        head_index: the head that it is applied to.
+    """
+    sums = _Sums()
+    for chunk in tokens.split(batch_size_prompts):
+        micro = clean_micro_batch(model, chunk, hidden=True, seqpos_slice=seqpos_slice, excluded=excluded)
+        if not micro.n_tokens:
+            continue
+        sae_in = micro.sae_in(head_index)
+        feature_acts, sae_out = reconstruct(sae_in)
+        spliced = splice(model, micro, sae_out, head_index=head_index, hidden=True)
+        sums.add_sae(sae_in.to(sae_out.device), feature_acts, sae_out)
+        _add_outputs(sums, model, micro, spliced)
+        for hook in model.downstream_hooks:
+            sums.add(f"downstream/{hook}", downstream_error_sum(model, micro, spliced, hook))
+    return sums.means(model.downstream_hooks)
+
+
+class _Sums:
+    """Running sums in fp64 on the CPU; variance from sums of squares about the first batch's mean, for precision."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.n_tokens = 0
+        self.n_predicted = 0
+        self.origin: Tensor | None = None
+        self.shifted: Tensor | None = None
+        self.fired: Tensor | None = None
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        self.values[name] = self.values.get(name, 0.0) + float(value)
+
+    def add_sae(self, sae_in: Tensor, feature_acts: Tensor, sae_out: Tensor) -> None:
+        sae_in = sae_in.double()
+        if self.origin is None or self.shifted is None:
+            self.origin = sae_in.mean(0)
+            self.shifted = torch.zeros_like(self.origin)
+        centred = sae_in - self.origin
+        self.shifted += centred.sum(0)
+        active = feature_acts.bool()
+        active = active.to_dense() if active.is_sparse else active
+        self.fired = active.any(0) if self.fired is None else self.fired | active.any(0)
+        self.n_tokens += len(sae_in)
+        self.add("squares", centred.pow(2).sum())
+        self.add("error", (sae_out.double() - sae_in).pow(2).sum())
+        self.add("active", active.sum())
+
+    def means(self, downstream_hooks: Sequence[str]) -> SpliceMetrics:
+        if not self.n_tokens or not self.n_predicted or self.shifted is None or self.fired is None:
+            raise ValueError("There is no token to measure: every one is excluded or outside seqpos_slice.")
+        n = self.n_tokens
+        variance = self.values["squares"] - float(self.shifted.pow(2).sum()) / n
+        return SpliceMetrics(
+            ce_loss_without_sae=self.values["ce_clean"] / self.n_predicted,
+            ce_loss_with_sae=self.values["ce_spliced"] / self.n_predicted,
+            kl=self.values["kl"] / n,
+            l0=self.values["active"] / n,
+            mse=self.values["error"] / n,
+            explained_variance=1 - self.values["error"] / variance if variance > 0 else float("nan"),
+            n_alive=int(self.fired.sum()),
+            downstream_mse={hook: self.values[f"downstream/{hook}"] / n for hook in downstream_hooks},
+            n_tokens=n,
+        )
+
+
+def _add_outputs(sums: _Sums, model: SplicedModel, micro: MicroBatch, spliced: SplicedPass) -> None:
+    """KL and both cross-entropies over the trained tokens, a chunk of logits at a time."""
+    assert micro.clean.hidden is not None and spliced.hidden is not None
+    next_tokens = torch.full_like(micro.tokens, -100)  # cross_entropy's "ignore": the last position predicts nothing
+    next_tokens[:, :-1] = micro.tokens[:, 1:]
+    device = micro.clean.hidden.device
+    mask = None if micro.mask is None else micro.mask.to(device)
+    targets = select_tokens(next_tokens[..., None].to(device), mask)[:, 0]
+    clean, changed = select_tokens(micro.clean.hidden, mask), select_tokens(spliced.hidden, mask)
+    sums.n_predicted += int((targets != -100).sum())
+    size = max(1, CHUNK_LOGIT_ELEMENTS // model.vocabulary)
+    for i in range(0, len(targets), size):
+        log_y = model.logits(clean[i : i + size]).float().log_softmax(-1)
+        log_y_hat = model.logits(changed[i : i + size]).float().log_softmax(-1)
+        sums.add("ce_clean", F.nll_loss(log_y, targets[i : i + size], reduction="sum"))
+        sums.add("ce_spliced", F.nll_loss(log_y_hat, targets[i : i + size], reduction="sum"))
+        sums.add("kl", F.kl_div(log_y_hat, log_y, log_target=True, reduction="sum"))

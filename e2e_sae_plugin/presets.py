@@ -1,0 +1,108 @@
+"""The paper's runs on GPT2-small as whole configs.
+
+Source: Braun et al. 2024 (arXiv 2405.12241), tables 2 and 3 for which run and its sparsity coefficient, section 3 and
+appendix for the optimizer; the authors' published configs (`scripts/train_tlens_saes` of their library) for the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sae_lens import StandardTrainingSAEConfig
+
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.objective import Objective
+
+PaperKind = Literal["local", "e2e", "e2e+ds"]
+PaperMatch = Literal["ce", "l0"]
+
+GPT2_N_LAYERS, GPT2_D_MODEL = 12, 768
+
+# lambda of tables 2 (similar CE loss increase) and 3 (similar L0).
+PAPER_LAMBDA: dict[tuple[int, PaperKind, PaperMatch], float] = {
+    (2, "local", "ce"): 0.8, (2, "e2e", "ce"): 0.5, (2, "e2e+ds", "ce"): 10,
+    (2, "local", "l0"): 4, (2, "e2e", "l0"): 1.5, (2, "e2e+ds", "l0"): 35,
+    (6, "local", "ce"): 4, (6, "e2e", "ce"): 3, (6, "e2e+ds", "ce"): 50,
+    (6, "local", "l0"): 6, (6, "e2e", "l0"): 1.5, (6, "e2e+ds", "l0"): 50,
+    (10, "local", "ce"): 6, (10, "e2e", "ce"): 1.5, (10, "e2e+ds", "ce"): 1.75,
+    (10, "local", "l0"): 10, (10, "e2e", "l0"): 1.5, (10, "e2e+ds", "l0"): 1.75,
+}  # fmt: skip
+# The authors' total coefficient of the downstream terms, spread over all later layers.
+PAPER_DOWNSTREAM_TOTAL = {2: 2.5, 6: 2.5, 10: 0.05}
+
+
+def objective_from_authors(
+    *, kl: float, downstream_total: float, local: float, d_in: int, layers_after: int, n_downstream_hooks: int
+) -> Objective:
+    """Convert the coefficients of the authors' library into the weights of the paper's formulas.
+
+    Their squared errors are averaged over dimensions as well, and their downstream total is shared among the hooks:
+    `mse = local / d_in` and `beta = downstream_total * (L - l) / (n_hooks * d_in)`. Their L1 is divided by `d_in` too, so
+    SAELens's `l1_coefficient` is `lambda / d_in`.
+
+    Args:
+        kl: coefficient of `logits_kl`.
+        downstream_total: `total_coeff` of `in_to_orig`, 0 without it.
+        local: coefficient of `out_to_in`.
+        d_in: dimension of the SAE's input.
+        layers_after: `L - l`.
+        n_downstream_hooks: number of hook positions of `in_to_orig`.
+    """
+    beta = downstream_total * layers_after / (n_downstream_hooks * d_in) if downstream_total else 0.0
+    return Objective(kl=kl, beta=beta, mse=local / d_in)
+
+
+def paper_config(layer: int, kind: PaperKind, matched: PaperMatch = "ce", **overrides: Any) -> E2ESAERunnerConfig:
+    """The paper's run on GPT2-small: SAE on `blocks.<layer>.hook_resid_pre`, dictionary 60 x 768, 400k sequences.
+
+    Args:
+        layer: 2, 6 or 10.
+        kind: `"local"`, `"e2e"` or `"e2e+ds"`.
+        matched: `"ce"` for the runs of similar CE loss increase (table 2), `"l0"` for those of similar L0 (table 3).
+        **overrides: fields of `E2ESAERunnerConfig` to change, for instance `device="cuda"`.
+
+    Raises:
+        ValueError: the paper has no such run.
+
+    Two things follow SAELens rather than the authors' code: the L1 is weighted by the decoder norms instead of
+    normalising the decoder (the same optimum), and the encoder starts as the decoder's transpose.
+    """
+    coefficient = PAPER_LAMBDA.get((layer, kind, matched))
+    if coefficient is None:
+        raise ValueError(
+            f"The paper has no run for layer={layer!r}, kind={kind!r}, matched={matched!r}. Expected layer 2, 6 or 10, "
+            "kind 'local', 'e2e' or 'e2e+ds', matched 'ce' or 'l0'."
+        )
+    objective = objective_from_authors(
+        kl={"local": 0.0, "e2e": 1.0, "e2e+ds": 0.5}[kind],
+        downstream_total=PAPER_DOWNSTREAM_TOTAL[layer] if kind == "e2e+ds" else 0.0,
+        local=1.0 if kind == "local" else 0.0,
+        d_in=GPT2_D_MODEL,
+        layers_after=GPT2_N_LAYERS - layer,
+        n_downstream_hooks=GPT2_N_LAYERS - layer - 1,
+    )
+    settings: dict[str, Any] = dict(
+        model_name="gpt2-small",
+        hook_name=f"blocks.{layer}.hook_resid_pre",
+        # The authors load GPT-2 with TransformerLens's processing, which centres what is written to the residual stream.
+        model_from_pretrained_kwargs={"center_writing_weights": True},
+        dataset_path="apollo-research/Skylion007-openwebtext-tokenizer-gpt2",
+        context_size=1024,
+        sae=StandardTrainingSAEConfig(
+            d_in=GPT2_D_MODEL,
+            d_sae=60 * GPT2_D_MODEL,
+            l1_coefficient=coefficient / GPT2_D_MODEL,
+            apply_b_dec_to_input=False,
+            decoder_init_norm=1.0,
+        ),
+        objective=objective,
+        lr=5e-4,
+        lr_scheduler_name="cosineannealing",
+        lr_warm_up_steps=1250,  # 20k samples of 16 a step
+        lr_end=5e-5,
+        max_grad_norm=10.0,
+        train_batch_size_tokens=16 * 1024,
+        store_batch_size_prompts=8,
+        training_tokens=400_000 * 1024,
+    )
+    return E2ESAERunnerConfig(**{**settings, **overrides})

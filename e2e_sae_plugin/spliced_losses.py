@@ -1,0 +1,135 @@
+"""The objective's terms that need the model: from a reconstruction, through the spliced pass, to `dL/d sae_out`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from e2e_sae_plugin.losses import fused_kl_sum, squared_error_sum
+from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.splice import CleanPass, SplicedModel, SplicedPass
+from e2e_sae_plugin.splice.activations import insert_sae_out, select_sae_in, select_tokens, trained_tokens
+
+
+@dataclass
+class MicroBatch:
+    """Sequences that went through the clean model at once, and which of their tokens are trained on."""
+
+    tokens: Tensor
+    clean: CleanPass
+    mask: Tensor | None
+    """`[batch, pos]`; None for every token."""
+    n_tokens: int
+
+    def sae_in(self, head_index: int | None) -> Tensor:
+        """`[n_tokens, d_in]`, in the model's dtype."""
+        return select_sae_in(self.clean.activation, self.mask, head_index)
+
+
+@dataclass
+class SplicedTerms:
+    """Values of the model's terms at one step, detached, and the gradient that they send to the SAE."""
+
+    weighted: Tensor
+    """Their weighted sum."""
+    named: dict[str, Tensor] = field(default_factory=dict)
+    """Each term, unweighted: mean over the trained tokens."""
+    gradients: list[Tensor] = field(default_factory=list)
+    """For each reconstruction, `d weighted / d reconstruction`, `[tokens, d_in]`."""
+
+
+def clean_micro_batch(
+    model: SplicedModel,
+    tokens: Tensor,
+    *,
+    hidden: bool,
+    seqpos_slice: Sequence[int | None] = (None,),
+    excluded: Tensor | None = None,
+) -> MicroBatch:
+    """The clean pass over `tokens [batch, pos]`; `hidden` and the mask as in `clean_pass` and `trained_tokens`."""
+    tokens = tokens.to(model.token_device)
+    clean = model.clean_pass(tokens, hidden=hidden)
+    mask = trained_tokens(tokens, seqpos_slice, excluded)
+    n_tokens = tokens.numel() if mask is None else int(mask.sum())
+    return MicroBatch(tokens, clean, None if mask is None else mask.to(clean.activation.device), n_tokens)
+
+
+def splice(
+    model: SplicedModel, micro: MicroBatch, sae_out: Tensor, *, head_index: int | None, hidden: bool
+) -> SplicedPass:
+    """The spliced pass with `sae_out [n_tokens, d_in]` at the trained tokens of `micro`."""
+    activation = insert_sae_out(micro.clean.activation, sae_out, micro.mask, head_index)
+    return model.spliced_pass(micro.clean, activation, hidden=hidden)
+
+
+def kl_sum(model: SplicedModel, micro: MicroBatch, spliced: SplicedPass) -> Tensor:
+    """Sum over the trained tokens of `D_KL(y || y_hat)` in nats."""
+    assert micro.clean.hidden is not None and spliced.hidden is not None
+    device_mask = None if micro.mask is None else micro.mask.to(spliced.hidden.device)
+    clean_hidden = select_tokens(micro.clean.hidden, device_mask)
+    return fused_kl_sum(clean_hidden, select_tokens(spliced.hidden, device_mask), model.logits, model.vocabulary)
+
+
+def downstream_error_sum(model: SplicedModel, micro: MicroBatch, spliced: SplicedPass, hook: str) -> Tensor:
+    """Sum over the trained tokens of `||a_hat^(k) - a^(k)||^2` at one downstream hook."""
+    clean = micro.clean.downstream[hook]
+    device_mask = None if micro.mask is None else micro.mask.to(clean.device)
+    return squared_error_sum(select_tokens(spliced.downstream[hook], device_mask), select_tokens(clean, device_mask))
+
+
+def spliced_terms(
+    model: SplicedModel,
+    objective: Objective,
+    micro_batches: Sequence[MicroBatch],
+    reconstructions: Sequence[tuple[str, float, Tensor]],
+    head_index: int | None = None,
+) -> SplicedTerms:
+    """KL and downstream terms of one step, and their gradients, one micro-batch and one reconstruction at a time.
+
+    Args:
+        micro_batches: the step's sequences.
+        reconstructions: (suffix of the terms' names, weight, `[tokens of the step, d_in]` in the model's own space).
+            Matryoshka has several; everything else one, with an empty suffix.
+
+    Each gradient is that of the mean over all the step's trained tokens, so micro-batches add up to one big batch.
+    """
+    n_step_tokens = sum(micro.n_tokens for micro in micro_batches)
+    result = SplicedTerms(weighted=torch.zeros((), device=reconstructions[0][2].device))
+    for suffix, weight, reconstruction in reconstructions:
+        chunks = reconstruction.detach().split([micro.n_tokens for micro in micro_batches])
+        gradients: list[Tensor] = []
+        for micro, chunk in zip(micro_batches, chunks, strict=True):
+            leaf = chunk.clone().requires_grad_()
+            terms = _micro_batch_terms(model, objective, micro, leaf, head_index, n_step_tokens)
+            total = weight * sum(term_weight * term for term_weight, term in terms.values())
+            assert isinstance(total, Tensor)
+            gradients.append(torch.autograd.grad(total, leaf)[0])
+            result.weighted += total.detach().to(result.weighted.device)
+            for name, (_, term) in terms.items():
+                value = term.detach().to(result.weighted.device)
+                result.named[name + suffix] = result.named.get(name + suffix, 0) + value
+        result.gradients.append(torch.cat(gradients))
+    return result
+
+
+def _micro_batch_terms(
+    model: SplicedModel,
+    objective: Objective,
+    micro: MicroBatch,
+    sae_out: Tensor,
+    head_index: int | None,
+    n_step_tokens: int,
+) -> dict[str, tuple[float, Tensor]]:
+    """name -> (weight, this micro-batch's part of the mean over the step)."""
+    spliced = splice(model, micro, sae_out, head_index=head_index, hidden=objective.kl > 0)
+    terms: dict[str, tuple[float, Tensor]] = {}
+    if objective.kl > 0:
+        terms["kl_loss"] = (objective.kl, kl_sum(model, micro, spliced) / n_step_tokens)
+    if objective.beta > 0:
+        errors = [downstream_error_sum(model, micro, spliced, hook) for hook in model.downstream_hooks]
+        error = torch.stack([value.to(errors[0].device) for value in errors]).sum()
+        terms["downstream_mse_loss"] = (objective.beta, error / (model.position.layers_after * n_step_tokens))
+    return terms

@@ -1,0 +1,27 @@
+"""The few lines that a run ends with."""
+
+from __future__ import annotations
+
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.trainer import E2ESAETrainer
+
+
+def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
+    """What was trained, what it reached on the held-out sequences, and where it lies."""
+    sae = trainer.sae.cfg
+    lines = [
+        f"Trained a {sae.architecture()} SAE ({sae.d_in} x {sae.d_sae}) on {cfg.hook_name} for "
+        f"{trainer.n_training_steps:,} steps, {trainer.n_training_samples:,} tokens."
+    ]
+    held_out = trainer.last_evaluation
+    if held_out:
+        lines.append(
+            f"  held out   CE loss increase {held_out['metrics/ce_loss_increase']:+.4f} "
+            f"(from {held_out['metrics/ce_loss_without_sae']:.4f})   KL {held_out['metrics/held_out_kl']:.4f}   "
+            f"L0 {held_out['metrics/held_out_l0']:.1f}   "
+            f"explained variance {held_out['metrics/held_out_explained_variance']:.3f}"
+        )
+    lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {sae.d_sae:,} dead")
+    if cfg.output_path is not None:
+        lines.append(f"  saved in   {cfg.output_path}   (sae_lens.SAE.load_from_disk reads it)")
+    return "\n".join(lines)

@@ -1,0 +1,298 @@
+"""`E2ESAETrainer`: SAELens's trainer, with a step that goes from token sequences through the model and back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training.sae_trainer import SaveCheckpointFn, SAETrainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from e2e_sae_plugin.architectures import combine_sae_losses, inner_reconstructions
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.metrics_log import MetricsLog
+from e2e_sae_plugin.splice import SplicedModel
+from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, spliced_terms
+
+HeldOutEvaluator = Callable[["E2ESAETrainer"], dict[str, float]]
+"""Measures a trainer's SAE as it stands; its metrics go to the log."""
+
+PROGRESS_SECONDS = 0.5
+
+
+class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
+    """Adds to SAELens's `SAETrainer`:
+
+    * `step` takes token sequences `[n_prompts, pos]`: clean pass, SAE, spliced pass, objective, one backward, one update;
+    * the gradient-norm clip is `max_grad_norm`;
+    * metrics and held-out evaluation run with Weights & Biases or without.
+
+    The SAE runs once on the whole step, exactly as SAELens's trainer runs it, so architectures that couple tokens
+    (BatchTopK) and everything that advances once per step (thresholds, dead-feature counters) do not see the
+    micro-batches: only the model's passes are chunked.
+
+    Args:
+        cfg: the run's config.
+        sae: a training SAE of SAELens.
+        spliced_model: the frozen model with the SAE's place in it.
+        data_provider: batches of token ids `[n_prompts, context_size]`.
+        metrics_log: where metrics go.
+        held_out_evaluator: called at the evaluation interval and at the end; None for no evaluation.
+        save_checkpoint_fn: as in SAELens.
+        excluded_tokens: ids of tokens that are not trained on.
+    """
+
+    def __init__(
+        self,
+        cfg: E2ESAERunnerConfig,
+        sae: TrainingSAE[Any],
+        spliced_model: SplicedModel,
+        data_provider: Iterator[Tensor],
+        metrics_log: MetricsLog,
+        held_out_evaluator: HeldOutEvaluator | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+        excluded_tokens: Tensor | None = None,
+    ):
+        super().__init__(
+            cfg=cfg.to_sae_trainer_config(),
+            sae=sae,
+            data_provider=data_provider,
+            save_checkpoint_fn=save_checkpoint_fn,
+        )
+        self.runner_cfg = cfg
+        self.objective = cfg.objective
+        self.spliced_model = spliced_model
+        self.metrics_log = metrics_log
+        self.held_out_evaluator = held_out_evaluator
+        self.excluded_tokens = excluded_tokens
+        self.last_evaluation: dict[str, float] = {}
+        self.grad_norm: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(cfg.seed)
+
+    # One optimizer step.
+
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        """Train on one batch of token sequences `[n_prompts, pos]`.
+
+        Returns:
+            As in SAELens: `loss` is the whole weighted objective, `losses` its terms unweighted; all detached.
+
+        Raises:
+            ValueError: every token of the batch is excluded.
+        """
+        self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
+        micro_batches = self.clean_micro_batches(batch, hidden=self.objective.kl > 0)
+        sae_in = self.scaled_sae_in(micro_batches)
+        if not len(sae_in):
+            raise ValueError(
+                f"Every token of the batch at step {self.n_training_steps} is excluded by exclude_special_tokens="
+                f"{self.runner_cfg.exclude_special_tokens!r}, so there is nothing to train on."
+            )
+        output = self._sae_forward(sae_in)
+        reconstructions = self._reconstructions(output)
+        spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
+        sae_total, sae_terms = combine_sae_losses(output, self.sae.cfg.architecture(), self.objective, spliced.weighted)
+        # One backward through the SAE, from its own losses and from what the spliced passes ask of its output.
+        roots = [(sae_total, None), *((r, g) for (_, _, r), g in zip(reconstructions, spliced.gradients, strict=True))]
+        roots = [(root, seed) for root, seed in roots if root.requires_grad]
+        torch.autograd.backward([root for root, _ in roots], [seed for _, seed in roots])
+        self._update()
+        output.loss = (spliced.weighted + sae_total).detach()
+        output.losses = {**spliced.named, **sae_terms}
+        return output
+
+    def clean_micro_batches(self, tokens: Tensor, *, hidden: bool) -> list[MicroBatch]:
+        """Clean passes over `tokens [n_prompts, pos]`, at most `micro_batch_size_prompts` sequences at a time."""
+        with self.model_autocast():
+            return [
+                clean_micro_batch(
+                    self.spliced_model,
+                    chunk,
+                    hidden=hidden,
+                    seqpos_slice=self.runner_cfg.seqpos_slice,
+                    excluded=self.excluded_tokens,
+                )
+                for chunk in tokens.split(self.runner_cfg.micro_batch_size_prompts)
+            ]
+
+    def scaled_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """The step's activations `[tokens, d_in]` in fp32, normalised as the SAE trains on them."""
+        return self.activation_scaler(self._raw_sae_in(micro_batches))
+
+    def _raw_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
+        head = self.runner_cfg.hook_head_index
+        acts = torch.cat([micro.sae_in(head) for micro in micro_batches])
+        return acts.to(self.sae.device, torch.get_default_dtype())  # the dtype that the host's store hands out
+
+    def _sae_forward(self, sae_in: Tensor) -> TrainStepOutput:
+        """The forward half of the host's `_train_step`; its statistics count the tokens really trained on."""
+        self.sae.train()
+        with self.autocast_if_enabled:
+            output = self.sae.training_forward_pass(
+                step_input=TrainStepInput(
+                    sae_in=sae_in,
+                    dead_neuron_mask=self.dead_neurons,
+                    coefficients=self.get_coefficients(),
+                    n_training_steps=self.n_training_steps,
+                    is_logging_step=self._is_logging_step(),
+                )
+            )
+        with torch.no_grad():
+            firing = output.feature_acts.bool()
+            n_fired = (firing.to_dense() if firing.is_sparse else firing).sum(0)
+            self.n_forward_passes_since_fired += 1
+            self.n_forward_passes_since_fired[n_fired > 0] = 0
+            self.act_freq_scores += n_fired
+            self.n_frac_active_samples += len(sae_in)
+        return output
+
+    def _reconstructions(self, output: TrainStepOutput) -> list[tuple[str, float, Tensor]]:
+        """(suffix, weight, reconstruction in the model's own space): the SAE's output and Matryoshka's inner levels."""
+        if not self.objective.needs_spliced_pass:
+            return []
+        named = [("", 1.0, output.sae_out)]
+        with self.autocast_if_enabled:
+            inner = [
+                (f"_{width}", 1.0, tensor) for width, tensor in inner_reconstructions(self.sae, output.feature_acts)
+            ]
+        if inner and self.objective.matryoshka_levels == "sampled":
+            suffix, _, tensor = inner[int(torch.randint(len(inner), (), generator=self._generator))]
+            inner = [(suffix, float(len(inner)), tensor)]
+        return [(suffix, weight, self.activation_scaler.unscale(tensor)) for suffix, weight, tensor in named + inner]
+
+    def _spliced_terms(
+        self, micro_batches: list[MicroBatch], reconstructions: list[tuple[str, float, Tensor]], like: Tensor
+    ) -> SplicedTerms:
+        if not reconstructions:
+            return SplicedTerms(weighted=like.detach().new_zeros(()))
+        with self.model_autocast():
+            return spliced_terms(
+                self.spliced_model, self.objective, micro_batches, reconstructions, self.runner_cfg.hook_head_index
+            )
+
+    def _update(self) -> None:
+        """Clip, step, and advance the schedulers, in the host's order."""
+        if self.runner_cfg.max_grad_norm is not None:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.runner_cfg.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+
+    def model_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision for the model's passes, where `autocast_lm` asks for it."""
+        if not self.runner_cfg.autocast_lm:
+            return contextlib.nullcontext()
+        return torch.autocast(self.spliced_model.token_device.type, dtype=torch.bfloat16)
+
+    # The whole run.
+
+    def fit(self) -> TrainingSAE[Any]:
+        """SAELens's `fit`, with metrics and evaluation that do not depend on Weights & Biases.
+
+        Re-implemented because the host's loop only logs and evaluates with Weights & Biases on; a test fails when the
+        installed host's version of it changes.
+        """
+        self.sae.to(self.cfg.device)
+        self._estimate_activation_scaling()
+        with self._progress_bar() as bar:
+            shown = 0.0
+            while self.n_training_samples < self.cfg.total_training_samples:
+                self._log(self.maybe_reset_sparsity())
+                output = self.step(next(self.data_provider))
+                if self._is_logging_step():
+                    self._log(self._step_metrics(output))
+                if self._is_evaluation_step():
+                    self.evaluate()
+                self._checkpoint_if_needed()
+                self.n_training_steps += 1
+                if time.monotonic() - shown > PROGRESS_SECONDS:
+                    self._show_progress(bar, output)
+                    shown = time.monotonic()
+            bar.update(self.n_training_samples - bar.n)
+        self._log(self.full_sparsity_window_log())
+        self.evaluate()
+        self.fold_activation_scaling()
+        self.set_final_sae_metadata()
+        if self.cfg.save_final_checkpoint:
+            self.save_checkpoint(checkpoint_name=f"final_{self.n_training_samples}")
+        return self.sae
+
+    def _estimate_activation_scaling(self) -> None:
+        estimate = {
+            "expected_average_only_in": self.activation_scaler.estimate_scaling_factor,
+            "covariance_whitening": self.activation_scaler.estimate_whitening,
+        }.get(self.sae.cfg.normalize_activations)
+        restored = self.activation_scaler.scaling_factor is not None or self.activation_scaler.whitening is not None
+        if estimate is None or restored:
+            return
+        estimate(
+            d_in=self.sae.cfg.d_in,
+            data_provider=(self._raw_sae_in(self.clean_micro_batches(t, hidden=False)) for t in self.data_provider),
+            n_batches_for_norm_estimate=self.cfg.n_batches_for_norm_estimate,
+        )
+
+    @torch.no_grad()
+    def fold_activation_scaling(self) -> None:
+        """Fold an estimated activation normalisation into the SAE's weights, as SAELens does at the end of `fit`."""
+        if self.activation_scaler.scaling_factor is not None:
+            self.sae.fold_activation_norm_scaling_factor(self.activation_scaler.scaling_factor)
+            self.activation_scaler.scaling_factor = None
+        if self.activation_scaler.whitening is not None:
+            whitening = self.activation_scaler.whitening
+            self.sae.fold_activation_whitening(
+                mean=whitening.mean,
+                whitening_matrix=whitening.matrix,
+                unwhitening_matrix=whitening.inverse_matrix,
+            )
+            self.activation_scaler.whitening = None
+
+    # Logging.
+
+    def evaluate(self) -> dict[str, float]:
+        """Run the held-out evaluation now and log it."""
+        if self.held_out_evaluator is not None:
+            self.sae.eval()
+            self.last_evaluation = self.held_out_evaluator(self)
+            self.sae.train()
+            self._log(self.last_evaluation)
+        return self.last_evaluation
+
+    def _is_logging_step(self) -> bool:
+        return (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
+
+    def _is_evaluation_step(self) -> bool:
+        interval = self.cfg.logger.wandb_log_frequency * self.cfg.logger.eval_every_n_wandb_logs
+        return (self.n_training_steps + 1) % interval == 0
+
+    def _step_metrics(self, output: TrainStepOutput) -> dict[str, Any]:
+        metrics = self.build_train_step_log_dict(output=output, n_training_samples=self.n_training_samples)
+        if self.grad_norm is not None:
+            metrics["details/grad_norm"] = float(self.grad_norm)
+        return metrics
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        self.metrics_log.log(metrics, self.n_training_steps, self.n_training_samples)
+
+    def _progress_bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.cfg.total_training_samples,
+            initial=self.n_training_samples,
+            desc="Training SAE end to end",
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+        )
+
+    @torch.no_grad()
+    def _show_progress(self, bar: tqdm[Any], output: TrainStepOutput) -> None:
+        l0 = output.feature_acts.bool().float().sum(-1).to_dense().mean().item()
+        terms = {name.removesuffix("_loss"): f"{float(value):.4g}" for name, value in output.losses.items()}
+        bar.set_postfix({"step": self.n_training_steps, **terms, "L0": f"{l0:.1f}"}, refresh=False)
+        bar.update(self.n_training_samples - bar.n)
