@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import temporary_seed
+from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig

@@ -34,7 +34,6 @@ FIELDS_WITHOUT_EFFECT = frozenset(
         "llm_compilation_mode",
         "dead_feature_threshold",
         "hook_eval",
-        "is_dataset_tokenized",
     }
 )
 # They would change the result, and have no counterpart here: an error when they differ from the host's default.
@@ -46,15 +45,20 @@ FIELDS_REFUSED = {
 }
 # Everything else of the host's config keeps its meaning. A test fails for a host field that is not listed.
 FIELDS_KEPT = frozenset(
-    """sae model_name model_class_name hook_name hook_head_index dataset_path dataset_trust_remote_code streaming
-    use_chat_formatting context_size from_pretrained_path training_tokens store_batch_size_prompts seqpos_slice
-    disable_concat_sequences sequence_separator_token device llm_device seed dtype prepend_bos autocast autocast_lm
-    compile_sae sae_compilation_mode train_batch_size_tokens adam_beta1 adam_beta2 lr lr_scheduler_name lr_warm_up_steps
-    lr_end lr_decay_steps n_restart_cycles dead_feature_window feature_sampling_window n_eval_batches
-    eval_batch_size_prompts logger n_checkpoints checkpoint_path save_final_checkpoint output_path resume_from_checkpoint
-    verbose model_from_pretrained_kwargs sae_lens_version sae_lens_training_version exclude_special_tokens
-    n_batches_for_norm_estimate""".split()
-)
+    {
+        "adam_beta1", "adam_beta2", "autocast", "autocast_lm", "checkpoint_path", "compile_sae",
+        "context_size", "dataset_path", "dataset_trust_remote_code", "dead_feature_window", "device",
+        "disable_concat_sequences", "dtype", "eval_batch_size_prompts", "exclude_special_tokens",
+        "feature_sampling_window", "from_pretrained_path", "hook_head_index", "hook_name", "is_dataset_tokenized", "llm_device",
+        "logger", "lr", "lr_decay_steps", "lr_end", "lr_scheduler_name", "lr_warm_up_steps",
+        "model_class_name", "model_from_pretrained_kwargs", "model_name", "n_batches_for_norm_estimate",
+        "n_checkpoints", "n_eval_batches", "n_restart_cycles", "output_path", "prepend_bos",
+        "resume_from_checkpoint", "sae", "sae_compilation_mode", "sae_lens_training_version",
+        "sae_lens_version", "save_final_checkpoint", "seed", "seqpos_slice", "sequence_separator_token",
+        "store_batch_size_prompts", "streaming", "train_batch_size_tokens", "training_tokens",
+        "use_chat_formatting", "verbose",
+    }
+)  # fmt: skip
 
 
 @dataclass
@@ -70,7 +74,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
 
     Args:
         objective (Objective): what is minimised besides the SAE's own sparsity terms. Default: the KL alone.
-        max_grad_norm (float, optional): clip the norm of all the SAE's gradients to this. Default 1.0, as fixed in SAELens; the paper used 10. None disables clipping.
+        max_grad_norm (float, optional): the norm that all the SAE's gradients are clipped to. Default 1.0, which is
+            fixed in SAELens; the paper used 10. None disables clipping.
 
     Raises:
         ValueError: a setting cannot work or would have no effect; the message names the field, what it got, what it
@@ -185,7 +190,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             if name.endswith("_device") and value == "None":  # the host writes str(None)
                 cfg_dict[name] = None
         config = cls(**cfg_dict)
-        if "checkpoint_path" in cfg_dict and logging_dict.get("run_name"):
+        if "checkpoint_path" in cfg_dict and "sae_lens_version" in cfg_dict:
             # A saved config already carries the run's id, which __post_init__ appends to the path again.
             config.checkpoint_path = cfg_dict["checkpoint_path"]
         return config

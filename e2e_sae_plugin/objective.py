@@ -1,12 +1,13 @@
-"""What is minimised: the weights of the KL, downstream and local terms, and where the downstream terms are measured."""
+"""What is minimised: the weights of the KL, downstream and local terms, and where the downstream terms are measured.
 
-from __future__ import annotations
+No postponed annotations here: the command line reads the types of this class (simple-parsing).
+"""
 
 import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 MatryoshkaLevels = Literal["all", "sampled"]
 
@@ -90,17 +91,17 @@ class Objective:
             )
 
     @classmethod
-    def local(cls, mse: float = 1.0, **settings: Any) -> Objective:
+    def local(cls, mse: float = 1.0, **settings: Any) -> Self:
         """SAELens's own objective: the reconstruction error at the SAE, nothing of the model's output."""
         return cls(**{"kl": 0.0, "mse": mse, **settings})
 
     @classmethod
-    def e2e(cls, kl: float = 1.0, **settings: Any) -> Objective:
+    def e2e(cls, kl: float = 1.0, **settings: Any) -> Self:
         """The paper's end-to-end objective: the KL alone."""
         return cls(**{"kl": kl, **settings})
 
     @classmethod
-    def e2e_downstream(cls, beta: float, kl: float = 1.0, **settings: Any) -> Objective:
+    def e2e_downstream(cls, beta: float, kl: float = 1.0, **settings: Any) -> Self:
         """The paper's e2e + downstream objective. `beta` depends on the model's activation norms and has no default
         (the paper's runs on GPT2-small: kl=0.5 and beta 0.0036, 0.0039 and 0.00013 at layers 2, 6 and 10)."""
         return cls(**{"kl": kl, "beta": beta, **settings})
@@ -115,7 +116,7 @@ class Objective:
         return {**asdict(self), "downstream_hooks": self.downstream_hooks and list(self.downstream_hooks)}
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any] | str) -> Objective:
+    def from_dict(cls, settings: Mapping[str, Any] | str) -> Self:
         """Read `to_dict`'s output, or the name of a constructor that needs no argument (`"local"`, `"e2e"`).
 
         Raises:

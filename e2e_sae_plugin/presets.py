@@ -81,28 +81,28 @@ def paper_config(layer: int, kind: PaperKind, matched: PaperMatch = "ce", **over
         layers_after=GPT2_N_LAYERS - layer,
         n_downstream_hooks=GPT2_N_LAYERS - layer - 1,
     )
-    settings: dict[str, Any] = dict(
-        model_name="gpt2-small",
-        hook_name=f"blocks.{layer}.hook_resid_pre",
+    settings: dict[str, Any] = {
+        "model_name": "gpt2-small",
+        "hook_name": f"blocks.{layer}.hook_resid_pre",
         # The authors load GPT-2 with TransformerLens's processing, which centres what is written to the residual stream.
-        model_from_pretrained_kwargs={"center_writing_weights": True},
-        dataset_path="apollo-research/Skylion007-openwebtext-tokenizer-gpt2",
-        context_size=1024,
-        sae=StandardTrainingSAEConfig(
+        "model_from_pretrained_kwargs": {"center_writing_weights": True},
+        "dataset_path": "apollo-research/Skylion007-openwebtext-tokenizer-gpt2",
+        "context_size": 1024,
+        "sae": StandardTrainingSAEConfig(
             d_in=GPT2_D_MODEL,
             d_sae=60 * GPT2_D_MODEL,
             l1_coefficient=coefficient / GPT2_D_MODEL,
             apply_b_dec_to_input=False,
             decoder_init_norm=1.0,
         ),
-        objective=objective,
-        lr=5e-4,
-        lr_scheduler_name="cosineannealing",
-        lr_warm_up_steps=1250,  # 20k samples of 16 a step
-        lr_end=5e-5,
-        max_grad_norm=10.0,
-        train_batch_size_tokens=16 * 1024,
-        store_batch_size_prompts=8,
-        training_tokens=400_000 * 1024,
-    )
+        "objective": objective,
+        "lr": 5e-4,
+        "lr_scheduler_name": "cosineannealing",
+        "lr_warm_up_steps": 1250,  # 20k samples of 16 a step
+        "lr_end": 5e-5,
+        "max_grad_norm": 10.0,
+        "train_batch_size_tokens": 16 * 1024,
+        "store_batch_size_prompts": 8,
+        "training_tokens": 400_000 * 1024,
+    }
     return E2ESAERunnerConfig(**{**settings, **overrides})

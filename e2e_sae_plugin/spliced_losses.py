@@ -67,13 +67,14 @@ def splice(
 
 def kl_sum(model: SplicedModel, micro: MicroBatch, spliced: SplicedPass) -> Tensor:
     """Sum over the trained tokens of `D_KL(y || y_hat)` in nats."""
-    assert micro.clean.hidden is not None and spliced.hidden is not None
+    assert micro.clean.hidden is not None
+    assert spliced.hidden is not None
     device_mask = None if micro.mask is None else micro.mask.to(spliced.hidden.device)
     clean_hidden = select_tokens(micro.clean.hidden, device_mask)
     return fused_kl_sum(clean_hidden, select_tokens(spliced.hidden, device_mask), model.logits, model.vocabulary)
 
 
-def downstream_error_sum(model: SplicedModel, micro: MicroBatch, spliced: SplicedPass, hook: str) -> Tensor:
+def downstream_error_sum(micro: MicroBatch, spliced: SplicedPass, hook: str) -> Tensor:
     """Sum over the trained tokens of `||a_hat^(k) - a^(k)||^2` at one downstream hook."""
     clean = micro.clean.downstream[hook]
     device_mask = None if micro.mask is None else micro.mask.to(clean.device)
@@ -129,7 +130,7 @@ def _micro_batch_terms(
     if objective.kl > 0:
         terms["kl_loss"] = (objective.kl, kl_sum(model, micro, spliced) / n_step_tokens)
     if objective.beta > 0:
-        errors = [downstream_error_sum(model, micro, spliced, hook) for hook in model.downstream_hooks]
+        errors = [downstream_error_sum(micro, spliced, hook) for hook in model.downstream_hooks]
         error = torch.stack([value.to(errors[0].device) for value in errors]).sum()
         terms["downstream_mse_loss"] = (objective.beta, error / (model.position.layers_after * n_step_tokens))
     return terms

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
-from sae_lens.training.sae_trainer import SaveCheckpointFn, SAETrainer
+from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
 from torch import Tensor
 from tqdm.auto import tqdm
 

@@ -110,7 +110,7 @@ def measure(
         sums.add_sae(sae_in.to(sae_out.device), feature_acts, sae_out)
         _add_outputs(sums, model, micro, spliced)
         for hook in model.downstream_hooks:
-            sums.add(f"downstream/{hook}", downstream_error_sum(model, micro, spliced, hook))
+            sums.add(f"downstream/{hook}", downstream_error_sum(micro, spliced, hook))
     return sums.means(model.downstream_hooks)
 
 
@@ -163,7 +163,8 @@ class _Sums:
 
 def _add_outputs(sums: _Sums, model: SplicedModel, micro: MicroBatch, spliced: SplicedPass) -> None:
     """KL and both cross-entropies over the trained tokens, a chunk of logits at a time."""
-    assert micro.clean.hidden is not None and spliced.hidden is not None
+    assert micro.clean.hidden is not None
+    assert spliced.hidden is not None
     next_tokens = torch.full_like(micro.tokens, -100)  # cross_entropy's "ignore": the last position predicts nothing
     next_tokens[:, :-1] = micro.tokens[:, 1:]
     device = micro.clean.hidden.device

@@ -32,14 +32,14 @@ def splice_into(
     Raises:
         ValueError: another class of model, or a hook that the model does not have or that cannot be spliced.
     """
-    families: tuple[tuple[type, type[SplicedModel]], ...] = (
+    families: tuple[tuple[type, Any], ...] = (
         (HookedTransformer, SplicedHookedTransformer),
         (TransformerBridge, SplicedBridge),
         (HookedProxyLM, SplicedHuggingFace),
     )
     for model_class, spliced_class in families:
         if isinstance(model, model_class):
-            return spliced_class(model, hook_name, downstream_hooks, needs_downstream)
+            return spliced_class(model, hook_name, downstream_hooks, needs_downstream)  # pyright: ignore
     raise ValueError(
         f"Cannot splice an SAE into a {type(model).__name__}. Expected a HookedTransformer or TransformerBridge "
         "(TransformerLens), or a Hugging Face causal language model wrapped in sae_lens.load_model.HookedProxyLM."

