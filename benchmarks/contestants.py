@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def random_tokens(shape: Shape) -> Tensor:
 
 
 def hooked_transformer(shape: Shape) -> Any:
-    """A TransformerLens GPT-2 with random weights: what both TransformerLens contestants run."""
+    """A TransformerLens GPT-2 with random weights: what both ReLU contestants run."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     return HookedTransformer(
@@ -46,6 +47,22 @@ def hooked_transformer(shape: Shape) -> Any:
     )
 
 
+def hugging_face_gpt2(shape: Shape) -> Any:
+    """A Hugging Face GPT-2 with random weights: what both TopK contestants run."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=shape.n_layers,
+        n_embd=shape.d_model,
+        n_head=shape.n_heads,
+        vocab_size=shape.vocabulary,
+        n_positions=shape.n_ctx,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
 def timed(step: Callable[[], object], n_steps: int) -> list[float]:
     seconds = []
     for _ in range(n_steps):
@@ -55,8 +72,8 @@ def timed(step: Callable[[], object], n_steps: int) -> list[float]:
     return seconds
 
 
-def our_trainer(shape: Shape, sae_cfg: Any, max_grad_norm: float | None) -> Any:
-    """An `E2ESAETrainer` on a random GPT-2, built from the parts that one step touches."""
+def our_trainer(shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad_norm: float | None) -> Any:
+    """An `E2ESAETrainer` for the KL, built from the parts that one step touches."""
     from sae_lens import LoggingConfig
     from sae_lens.saes.sae import TrainingSAE
 
@@ -65,7 +82,7 @@ def our_trainer(shape: Shape, sae_cfg: Any, max_grad_norm: float | None) -> Any:
 
     cfg: Any = E2ESAERunnerConfig(
         sae=sae_cfg,
-        hook_name=shape.hook_name,
+        hook_name=hook_name,
         objective=Objective.e2e(),
         context_size=shape.context_size,
         train_batch_size_tokens=shape.tokens_per_step,
@@ -76,7 +93,7 @@ def our_trainer(shape: Shape, sae_cfg: Any, max_grad_norm: float | None) -> Any:
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
-    spliced = splice_into(hooked_transformer(shape), cfg.hook_name, needs_downstream=False)
+    spliced = splice_into(model, hook_name, needs_downstream=False)
     spliced.check()
     sae = TrainingSAE.from_dict(sae_cfg.to_dict())
     return E2ESAETrainer(cfg, sae, spliced, iter([]), MetricsLog(None, to_wandb=False))
@@ -92,16 +109,22 @@ def ours_relu(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
         apply_b_dec_to_input=False,  # as in the authors' SAE
         decoder_init_norm=1.0,
     )
-    trainer = our_trainer(shape, sae_cfg, MAX_GRAD_NORM)
+    trainer = our_trainer(shape, hooked_transformer(shape), shape.hook_name, sae_cfg, MAX_GRAD_NORM)
     tokens = random_tokens(shape)
     return timed(lambda: trainer.step(tokens), n_steps)
 
 
 def ours_topk(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
     from sae_lens import TopKTrainingSAEConfig
+    from sae_lens.load_model import HookedProxyLM
 
-    sae_cfg = TopKTrainingSAEConfig(d_in=shape.d_model, d_sae=d_sae, k=shape.k, use_sparse_activations=True)
-    trainer = our_trainer(shape, sae_cfg, None)  # eai-sparsify does not clip
+    tokenizer: Any = None  # the tokens are given
+    model = HookedProxyLM(hugging_face_gpt2(shape), tokenizer, hook_names=[])
+    # SAELens recommends sparse activations in fp32; they fail in its backward when acts are rescaled by decoder norms.
+    sae_cfg = TopKTrainingSAEConfig(
+        d_in=shape.d_model, d_sae=d_sae, k=shape.k, use_sparse_activations=True, rescale_acts_by_decoder_norm=False
+    )
+    trainer = our_trainer(shape, model, f"transformer.h.{shape.layer - 1}", sae_cfg, None)  # the peer does not clip
     tokens = random_tokens(shape)
     return timed(lambda: trainer.step(tokens), n_steps)
 
@@ -158,23 +181,11 @@ class TimedRows:
 def eai_sparsify(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
     """Its own `Trainer.fit` on a Hugging Face GPT-2, with Adam."""
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
-    from transformers import GPT2Config, GPT2LMHeadModel
 
     class TimedTrainer(Trainer):
         def save(self) -> None:  # `fit` calls it after the last step
             self.ended_at = time.perf_counter()
 
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=shape.n_layers,
-            n_embd=shape.d_model,
-            n_head=shape.n_heads,
-            vocab_size=shape.vocabulary,
-            n_positions=shape.n_ctx,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    ).eval()
     rows: Any = TimedRows(random_tokens(shape), n_steps)
     config = TrainConfig(
         SparseCoderConfig(num_latents=d_sae, k=shape.k),
@@ -185,10 +196,10 @@ def eai_sparsify(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
         hookpoints=[f"h.{shape.layer - 1}"],  # a layer's output is the residual stream entering the next one
         log_to_wandb=False,
     )
-    trainer = TimedTrainer(config, rows, model)
+    trainer = TimedTrainer(config, rows, hugging_face_gpt2(shape))
     trainer.fit()
     times = [*rows.asked_at, trainer.ended_at]
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]
 
 
 CONTESTANTS: dict[str, Run] = {

@@ -82,9 +82,13 @@ def measure_in_child(name: str, d_sae: int, args: argparse.Namespace) -> Measure
     command += ["--steps", str(args.steps), "--threads", str(args.threads), *(["--tiny"] if args.tiny else [])]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        print(f"{name} at d_sae {d_sae} failed ({result.returncode}):\n{result.stderr[-2000:]}", file=sys.stderr)
+        error = result.stderr[max(result.stderr.rfind("Traceback"), 0) :][:3000]
+        print(f"{name} at d_sae {d_sae:,} failed with exit status {result.returncode}.\n{error}", file=sys.stderr)
         return None
-    return Measurement(**json.loads(result.stdout.splitlines()[-1]))
+    measurement = Measurement(**json.loads(result.stdout.splitlines()[-1]))
+    steps = ", ".join(f"{seconds:.1f}" for seconds in measurement.seconds)
+    print(f"{name} at d_sae {d_sae:,}: steps of {steps} s", file=sys.stderr, flush=True)
+    return measurement
 
 
 def to_row(contestant: Contestant, shape: Shape, d_sae: int, measurement: Measurement, gflop: float) -> dict[str, Any]:
@@ -155,7 +159,6 @@ def main() -> None:
         d_sae = multiple * shape.d_model
         for contestant in CONTESTANTS:
             if contestant.name in args.only:
-                print(f"{contestant.name}, d_sae {d_sae:,} ...", file=sys.stderr, flush=True)
                 measurement = measure_in_child(contestant.name, d_sae, args)
                 if measurement is not None:
                     measured.append((contestant, d_sae, measurement))

@@ -142,7 +142,7 @@ FIELD_HELP = {
     "hook_name": "A TransformerLens hook, or a module path such as model.layers.9 for AutoModelForCausalLM.",
     "model_class_name": f"One of {', '.join(MODEL_CLASSES)}.",
     **{name: f"Refused unless left at its default: {reason}." for name, reason in FIELDS_REFUSED.items()},
-    **{name: "No effect in end-to-end training." for name in FIELDS_WITHOUT_EFFECT},
+    **dict.fromkeys(FIELDS_WITHOUT_EFFECT, "No effect in end-to-end training."),
 }
 
 

@@ -49,7 +49,8 @@ FIELDS_KEPT = frozenset(
         "adam_beta1", "adam_beta2", "autocast", "autocast_lm", "checkpoint_path", "compile_sae",
         "context_size", "dataset_path", "dataset_trust_remote_code", "dead_feature_window", "device",
         "disable_concat_sequences", "dtype", "eval_batch_size_prompts", "exclude_special_tokens",
-        "feature_sampling_window", "from_pretrained_path", "hook_head_index", "hook_name", "is_dataset_tokenized", "llm_device",
+        "feature_sampling_window", "from_pretrained_path", "hook_head_index", "hook_name",
+        "is_dataset_tokenized", "llm_device",
         "logger", "lr", "lr_decay_steps", "lr_end", "lr_scheduler_name", "lr_warm_up_steps",
         "model_class_name", "model_from_pretrained_kwargs", "model_name", "n_batches_for_norm_estimate",
         "n_checkpoints", "n_eval_batches", "n_restart_cycles", "output_path", "prepend_bos",
@@ -178,12 +179,16 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             )
         sae_class = get_sae_training_class(architecture)[1]
         _require_known_keys(sae, {f.name for f in fields(sae_class)} | {"architecture"}, "sae")
-        cfg_dict["sae"] = sae_class.from_dict(sae)
+        cfg_dict = {**cfg_dict, **_numbers(cfg_dict, cls, "config")}
+        cfg_dict["sae"] = sae_class.from_dict(_numbers(sae, sae_class, "sae"))
         logging_dict = dict(cfg_dict.get("logger") or {})
         _require_known_keys(logging_dict, {f.name for f in fields(LoggingConfig)}, "logger")
         cfg_dict["logger"] = LoggingConfig(**logging_dict)
         if "objective" in cfg_dict:
-            cfg_dict["objective"] = Objective.from_dict(cfg_dict["objective"])
+            objective = cfg_dict["objective"]
+            cfg_dict["objective"] = Objective.from_dict(
+                objective if isinstance(objective, str) else _numbers(objective, Objective, "objective")
+            )
         if "seqpos_slice" in cfg_dict:
             cfg_dict["seqpos_slice"] = tuple(cfg_dict["seqpos_slice"])
         for name, value in cfg_dict.items():
@@ -202,6 +207,28 @@ def _require_known_keys(given: Mapping[str, Any], known: set[str], where: str) -
             close = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Expected some of {sorted(known)}."
             raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
+
+
+def _numbers(given: Mapping[str, Any], config_class: type, where: str) -> dict[str, Any]:
+    """Numbers as numbers: YAML reads `3e-4` (without a dot) as a string, and `1.0e6` tokens as a float."""
+    types = {f.name: f.type for f in fields(config_class)}
+    converted = dict(given)
+    for key, value in given.items():
+        wanted = types.get(key)
+        if wanted in (float, float | None) and isinstance(value, str):
+            try:
+                converted[key] = float(value)
+            except ValueError:
+                raise ValueError(f"{key} in {where} must be a number, got {value!r}.") from None
+        elif wanted in (int, int | None) and isinstance(value, str | float):
+            try:
+                number = float(value)
+            except ValueError:
+                number = math.nan
+            if not number.is_integer():
+                raise ValueError(f"{key} in {where} must be a whole number, got {value!r}.")
+            converted[key] = int(number)
+    return converted
 
 
 def _host_defaults() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
 from torch import Tensor
@@ -76,7 +77,7 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     # One optimizer step.
 
-    def step(self, batch: Tensor) -> TrainStepOutput:
+    def step(self, batch: Int[Tensor, "prompts pos"]) -> TrainStepOutput:
         """Train on one batch of token sequences `[n_prompts, pos]`.
 
         Returns:

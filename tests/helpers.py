@@ -49,20 +49,20 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def tiny_hooked_transformer(**overrides: Any) -> HookedTransformer:
     """Three blocks, learned positions, LayerNorm, biases everywhere; random weights large enough to matter."""
-    settings: dict[str, Any] = dict(
-        n_layers=N_LAYERS,
-        d_model=D_MODEL,
-        n_ctx=N_CTX,
-        d_head=D_HEAD,
-        n_heads=N_HEADS,
-        d_mlp=32,
-        d_vocab=VOCABULARY,
-        act_fn="gelu",
-        normalization_type="LN",
-        use_hook_mlp_in=False,
-        device="cpu",
-        seed=0,
-    )
+    settings: dict[str, Any] = {
+        "n_layers": N_LAYERS,
+        "d_model": D_MODEL,
+        "n_ctx": N_CTX,
+        "d_head": D_HEAD,
+        "n_heads": N_HEADS,
+        "d_mlp": 32,
+        "d_vocab": VOCABULARY,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "use_hook_mlp_in": False,
+        "device": "cpu",
+        "seed": 0,
+    }
     model = HookedTransformer(HookedTransformerConfig(**{**settings, **overrides}))
     return randomise(model)
 
@@ -79,20 +79,33 @@ def randomise(model: Any, seed: int = 0, scale: float = 0.3) -> Any:
 
 
 def tiny_gpt2_model(**overrides: Any) -> transformers.GPT2LMHeadModel:
-    settings: dict[str, Any] = dict(
-        n_layer=N_LAYERS, n_embd=D_MODEL, n_head=N_HEADS, n_positions=N_CTX, vocab_size=VOCABULARY, bos_token_id=1,
-        eos_token_id=2, attn_implementation="eager",
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "n_layer": N_LAYERS,
+        "n_embd": D_MODEL,
+        "n_head": N_HEADS,
+        "n_positions": N_CTX,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": "eager",
+    }
     torch.manual_seed(0)
     return randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **overrides})))
 
 
 def _rotary(**overrides: Any) -> dict[str, Any]:
-    return dict(
-        num_hidden_layers=N_LAYERS, hidden_size=D_MODEL, intermediate_size=32, num_attention_heads=N_HEADS,
-        vocab_size=VOCABULARY, max_position_embeddings=N_CTX, bos_token_id=1, eos_token_id=2, pad_token_id=3,
-        attn_implementation="eager",
-    ) | overrides  # fmt: skip
+    return {
+        "num_hidden_layers": N_LAYERS,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 32,
+        "num_attention_heads": N_HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": N_CTX,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "attn_implementation": "eager",
+    } | overrides
 
 
 def tiny_llama_model(**overrides: Any) -> transformers.LlamaForCausalLM:
@@ -182,23 +195,23 @@ def sae_config(architecture: str = "standard", **settings: Any) -> TrainingSAECo
 
 def runner_config(architecture: str = "standard", sae: dict[str, Any] | None = None, **settings: Any) -> Any:
     """A config for the tiny models: steps of 4 sequences of 8 tokens, no W&B, no output, no held-out evaluation."""
-    defaults: dict[str, Any] = dict(
-        sae=sae_config(architecture, **(sae or {})),
-        model_name="tiny",
-        hook_name="blocks.1.hook_resid_pre",
-        dataset_path="tiny",
-        context_size=8,
-        train_batch_size_tokens=32,
-        store_batch_size_prompts=4,
-        training_tokens=320,
-        lr=1e-3,
-        n_eval_batches=0,
-        n_batches_for_norm_estimate=2,
-        logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=1, eval_every_n_wandb_logs=5),
-        checkpoint_path=None,
-        output_path=None,
-        verbose=False,
-    )
+    defaults: dict[str, Any] = {
+        "sae": sae_config(architecture, **(sae or {})),
+        "model_name": "tiny",
+        "hook_name": "blocks.1.hook_resid_pre",
+        "dataset_path": "tiny",
+        "context_size": 8,
+        "train_batch_size_tokens": 32,
+        "store_batch_size_prompts": 4,
+        "training_tokens": 320,
+        "lr": 1e-3,
+        "n_eval_batches": 0,
+        "n_batches_for_norm_estimate": 2,
+        "logger": LoggingConfig(log_to_wandb=False, wandb_log_frequency=1, eval_every_n_wandb_logs=5),
+        "checkpoint_path": None,
+        "output_path": None,
+        "verbose": False,
+    }
     return E2ESAERunnerConfig(**{**defaults, **settings})
 
 

@@ -66,6 +66,8 @@ def test_config_file_is_read_and_equals_the_flags(tmp_path):
         ("sae: {architecture: topk, d_in: 8, d_sae: 16, kk: 3}", "Unknown key 'kk' in sae"),
         ("sae: {architecture: topkk, d_in: 8, d_sae: 16}", "sae.architecture must be one of"),
         ("sae: {architecture: topk, d_in: 8, d_sae: 16}\nobjective: {klx: 1}", "Did you mean 'kl'"),
+        ("sae: {architecture: topk, d_in: 8, d_sae: 16}\nlr: fast", "lr in config must be a number, got 'fast'"),
+        ("sae: {architecture: topk, d_in: 8.5, d_sae: 16}", "d_in in sae must be a whole number, got 8.5"),
         ("- a list", "must hold a mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -75,6 +77,15 @@ def test_bad_config_files_exit_with_2_and_say_why(tmp_path, capsys, content, mes
     path.write_text(content)
     assert main(["train", "--config", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "sae: {architecture: standard, d_in: 8, d_sae: 16, l1_coefficient: 2e-3}\nlr: 3e-4\ntraining_tokens: 1e6"
+    )
+    cfg = load_config(path)
+    assert (cfg.lr, cfg.training_tokens, cfg.sae.l1_coefficient) == (3e-4, 1_000_000, 2e-3)
 
 
 def test_config_file_beside_other_flags_is_refused(capsys):

@@ -65,9 +65,7 @@ def test_fused_kl_gradient_is_the_hand_worked_y_hat_minus_y():
 
 @pytest.mark.parametrize("head", ["linear", "biased", "soft_capped"])
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 5, N, 1000])
-def test_fused_kl_value_and_gradient_equal_naive_code(
-    head: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_fused_kl_value_and_gradient_equal_naive_code(head: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(losses, "CHUNK_LOGIT_ELEMENTS", chunk_tokens * V)
     seen: list[int] = []
     inner = unembeddings()[head]

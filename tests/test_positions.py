@@ -35,7 +35,6 @@ HUGGING_FACE = ["model", "model.embed_tokens", "model.layers", "lm_head"] + [
         ("blocks.3.hook_resid_post", 4, True,  0, ()),
     ],
 )
-# fmt: on
 def test_transformer_lens_names(hook_name, start_block, enters_block, layers_after, downstream_blocks):
     position = transformer_lens_position(hook_name, 4, TRANSFORMER_LENS)
     assert (position.start_block, position.enters_block, position.layers_after) == (
@@ -71,7 +70,6 @@ def test_bridge_names_without_aliases_use_the_names_of_the_bridge():
         ("model.layers.3.mlp",           3, False, 1, ()),
     ],
 )
-# fmt: on
 def test_hugging_face_names(hook_name, start_block, enters_block, layers_after, downstream_layers):
     position = hugging_face_position(hook_name, "model.layers", 4, HUGGING_FACE)
     assert (position.start_block, position.enters_block, position.layers_after) == (

@@ -88,7 +88,7 @@ def naive_run(model: Any, tokens: Tensor, replaced: dict[str, Tensor], caught_na
 
         def on_output(name: str) -> Callable[..., Any]:
             def hook(_: nn.Module, args: Any, output: Any) -> Any:
-                value = output[0] if isinstance(output, tuple) else output
+                value: Any = output[0] if isinstance(output, tuple) else output
                 value = replaced.get(name, value)
                 caught[name] = value
                 return (value, *output[1:]) if isinstance(output, tuple) else value
@@ -104,7 +104,8 @@ def naive_run(model: Any, tokens: Tensor, replaced: dict[str, Tensor], caught_na
                 handle.remove()
 
     def catch(activation: Tensor, hook: HookPoint, name: str) -> Tensor:
-        caught[name] = replaced.get(name, activation)
+        value = replaced.get(name)
+        caught[name] = activation if value is None else value
         return caught[name]
 
     hooks: list[Any] = [
@@ -475,7 +476,7 @@ def test_downstream_hooks_later_in_the_same_block_are_legal():
 def test_with_parallel_attention_the_mlp_is_not_downstream_of_the_attention():
     sequential = proxy(tiny_neox_model(use_parallel_residual=False))
     check_downstream(sequential, "gpt_neox.layers.1.attention", "gpt_neox.layers.1.mlp")
-    with pytest.raises(ValueError, match="'gpt_neox.layers.1.mlp' is not downstream of the SAE"):
+    with pytest.raises(ValueError, match=r"'gpt_neox.layers.1.mlp' is not downstream of the SAE"):
         check_downstream(proxy(tiny_neox_model()), "gpt_neox.layers.1.attention", "gpt_neox.layers.1.mlp")
     with pytest.raises(ValueError, match=r"'blocks\.1\.hook_mlp_out' is not downstream of the SAE"):
         check_downstream(
@@ -487,9 +488,7 @@ def test_downstream_hooks_that_the_model_does_not_have_are_refused_with_near_mat
     with pytest.raises(
         ValueError, match=r"downstream_hooks: the model has no hook 'blocks\.3\.hook_resid_pre'.*Near matches: blocks\."
     ):
-        splice_into(
-            tiny_hooked_transformer(), "blocks.1.hook_resid_pre", downstream_hooks=["blocks.3.hook_resid_pre"]
-        )
+        splice_into(tiny_hooked_transformer(), "blocks.1.hook_resid_pre", downstream_hooks=["blocks.3.hook_resid_pre"])
 
 
 @pytest.mark.parametrize(
@@ -514,20 +513,24 @@ def test_non_causal_models_are_refused():
     torch.manual_seed(0)
     bert = transformers.BertForMaskedLM(
         transformers.BertConfig(
-            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
             max_position_embeddings=16,
-        )  # fmt: skip
+        )
     )
     with pytest.raises(ValueError, match="The model is not causal: changing the last token moves"):
         splice_into(proxy(randomise(bert)), "bert.encoder.layer.0").check()
     bidirectional = tiny_hooked_transformer(attention_dir="bidirectional")
-    with pytest.raises(ValueError, match="The model is not causal.*autoregressive"):
+    with pytest.raises(ValueError, match=r"The model is not causal.*autoregressive"):
         splice_into(bidirectional, "blocks.1.hook_resid_pre").check()
 
 
 def test_models_without_a_language_model_head_are_refused():
     body = tiny_gpt2_model().transformer
-    with pytest.raises(ValueError, match="GPT2Model has no language-model head.*AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match=r"GPT2Model has no language-model head.*AutoModelForCausalLM"):
         splice_into(proxy(body), "h.1")
     classifier = transformers.GPT2ForSequenceClassification(tiny_gpt2_model().config)
     with pytest.raises(ValueError, match="GPT2ForSequenceClassification has no language-model head"):
@@ -546,9 +549,9 @@ def test_models_of_another_class_are_refused_by_name():
 
 def test_logits_that_are_not_the_unembedding_of_the_final_hidden_state_are_refused():
     class Shifted(transformers.LlamaForCausalLM):
-        def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
-            output = super().forward(input_ids=input_ids, **kwargs)
-            output.logits = output.logits + input_ids[..., None]  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output: Any = super().forward(*args, **kwargs)
+            output.logits = output.logits + (args[0] if args else kwargs["input_ids"])[..., None]
             return output
 
     config = transformers.LlamaConfig(

@@ -114,7 +114,10 @@ def run_demo(output: Path, training_tokens: int = 1_500_000, seed: int = 0) -> s
     """
     started = time.monotonic()
     model = load_demo_model()
-    dataset, held_out = demo_dataset("train", CONTEXT_SIZE), demo_tokens("evaluation", CONTEXT_SIZE)[:EVALUATION_PROMPTS]
+    dataset, held_out = (
+        demo_dataset("train", CONTEXT_SIZE),
+        demo_tokens("evaluation", CONTEXT_SIZE)[:EVALUATION_PROMPTS],
+    )
     print(
         f"Language model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, trained on Python source. "
         f"SAEs: 128 x 1024 on {HOOK_NAME}, {training_tokens:,} tokens each.",

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 
+from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.losses import CHUNK_LOGIT_ELEMENTS
 from e2e_sae_plugin.splice import SplicedModel, SplicedPass
 from e2e_sae_plugin.splice.activations import select_tokens
@@ -80,10 +82,11 @@ def reconstruct_with(sae: SAE[Any], activation_shape: Sequence[int] | None = Non
 
 
 @torch.no_grad()
+@shape_checked
 def measure(
     reconstruct: Reconstruct,
     model: SplicedModel,
-    tokens: Tensor,
+    tokens: Int[Tensor, "prompts pos"],
     *,
     batch_size_prompts: int = 8,
     seqpos_slice: Sequence[int | None] = (None,),

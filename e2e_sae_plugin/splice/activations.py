@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from e2e_sae_plugin._typing import shape_checked
 
+
+@shape_checked
 def trained_tokens(
-    tokens: Tensor, seqpos_slice: Sequence[int | None] = (None,), excluded: Tensor | None = None
-) -> Tensor | None:
+    tokens: Int[Tensor, "batch pos"],
+    seqpos_slice: Sequence[int | None] = (None,),
+    excluded: Int[Tensor, " ids"] | None = None,
+) -> Bool[Tensor, "batch pos"] | None:
     """Mask `[batch, pos]` of the tokens that are trained on; None where that is every token.
 
     Args:
@@ -27,17 +33,29 @@ def trained_tokens(
     return mask
 
 
-def select_tokens(activation: Tensor, mask: Tensor | None) -> Tensor:
+@shape_checked
+def select_tokens(
+    activation: Float[Tensor, "batch pos *d"] | Int[Tensor, "batch pos *d"], mask: Bool[Tensor, "batch pos"] | None
+) -> Float[Tensor, "tokens flat"] | Int[Tensor, "tokens flat"]:
     """`[batch, pos, ...] -> [tokens, d]`: the trained tokens, trailing dimensions (heads) flattened."""
     return activation.flatten(2).flatten(0, 1) if mask is None else activation.flatten(2)[mask]
 
 
-def select_sae_in(activation: Tensor, mask: Tensor | None, head_index: int | None) -> Tensor:
+@shape_checked
+def select_sae_in(
+    activation: Float[Tensor, "batch pos *d"], mask: Bool[Tensor, "batch pos"] | None, head_index: int | None
+) -> Float[Tensor, "tokens d_in"]:
     """`[batch, pos, ...] -> [tokens, d_in]`: what the SAE reads, one head only where `head_index` is given."""
     return select_tokens(activation if head_index is None else activation[:, :, head_index], mask)
 
 
-def insert_sae_out(activation: Tensor, sae_out: Tensor, mask: Tensor | None, head_index: int | None) -> Tensor:
+@shape_checked
+def insert_sae_out(
+    activation: Float[Tensor, "batch pos *d"],
+    sae_out: Float[Tensor, "tokens d_in"],
+    mask: Bool[Tensor, "batch pos"] | None,
+    head_index: int | None,
+) -> Float[Tensor, "batch pos *d"]:
     """The activation with `sae_out [tokens, d_in]` at the trained tokens (and head); the rest stays clean.
 
     Gradients flow to `sae_out` alone.

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
 
 HookFunction = Callable[[Tensor], Tensor | None]
@@ -108,7 +110,7 @@ class SplicedModel(ABC):
         """Context manager yielding a list that receives the residual stream entering `position.start_block`."""
 
     @abstractmethod
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocabulary"]:
         """The model's own map from final hidden states `[tokens, d_model]` to logits `[tokens, vocabulary]`."""
 
     @abstractmethod
@@ -118,7 +120,8 @@ class SplicedModel(ABC):
     # What all families share.
 
     @torch.no_grad()
-    def clean_pass(self, tokens: Tensor, *, hidden: bool = True) -> CleanPass:
+    @shape_checked
+    def clean_pass(self, tokens: Int[Tensor, "batch pos"], *, hidden: bool = True) -> CleanPass:
         """Run the clean model on `tokens [batch, pos]`.
 
         Args:
@@ -134,7 +137,10 @@ class SplicedModel(ABC):
         block_input = activation if self.position.enters_block else entering[0]
         return CleanPass(activation, block_input, caught, final, context)
 
-    def spliced_pass(self, clean: CleanPass, activation: Tensor, *, hidden: bool = True) -> SplicedPass:
+    @shape_checked
+    def spliced_pass(
+        self, clean: CleanPass, activation: Float[Tensor, "batch pos *d"], *, hidden: bool = True
+    ) -> SplicedPass:
         """Run the model from the SAE's block on, with `activation` in the place of `clean.activation`.
 
         Args:
