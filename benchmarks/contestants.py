@@ -13,8 +13,10 @@ import torch
 from shape import Shape
 from torch import Tensor
 
-Run = Callable[[Shape, int, int], list[float]]
-"""(shape, d_sae, steps) -> seconds of each step, the first of which is the warm-up."""
+Times = tuple[float, float]
+"""Wall-clock and processor seconds."""
+Run = Callable[[Shape, int, int], list[Times]]
+"""(shape, d_sae, steps) -> times of each step, the first of which is the warm-up."""
 
 L1_COEFFICIENT = 1.5  # the paper's lambda for e2e at layer 6; nothing here depends on it
 MAX_GRAD_NORM = 10.0
@@ -63,13 +65,20 @@ def hugging_face_gpt2(shape: Shape) -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
-def timed(step: Callable[[], object], n_steps: int) -> list[float]:
-    seconds = []
+def now() -> Times:
+    return time.perf_counter(), time.process_time()
+
+
+def between(stamps: list[Times]) -> list[Times]:
+    return [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(stamps)]
+
+
+def timed(step: Callable[[], object], n_steps: int) -> list[Times]:
+    stamps = [now()]
     for _ in range(n_steps):
-        start = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        stamps.append(now())
+    return between(stamps)
 
 
 def our_trainer(shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad_norm: float | None) -> Any:
@@ -99,7 +108,7 @@ def our_trainer(shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad
     return E2ESAETrainer(cfg, sae, spliced, iter([]), MetricsLog(None, to_wandb=False))
 
 
-def ours_relu(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
+def ours_relu(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
     from sae_lens import StandardTrainingSAEConfig
 
     sae_cfg = StandardTrainingSAEConfig(
@@ -114,7 +123,7 @@ def ours_relu(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
     return timed(lambda: trainer.step(tokens), n_steps)
 
 
-def ours_topk(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
+def ours_topk(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
     from sae_lens import TopKTrainingSAEConfig
     from sae_lens.load_model import HookedProxyLM
 
@@ -129,7 +138,7 @@ def ours_topk(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
     return timed(lambda: trainer.step(tokens), n_steps)
 
 
-def e2e_sae(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
+def e2e_sae(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
     """The authors' training step: both passes, the loss, backward, clipping and Adam, without its logging."""
     authors = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "authors.py"))
     losses, transformers = authors["import_authors"]()
@@ -166,7 +175,7 @@ class TimedRows:
 
     def __init__(self, tokens: Tensor, n_batches: int):
         self.tokens, self.n_batches = tokens, n_batches
-        self.asked_at: list[float] = []
+        self.asked_at: list[Times] = []
 
     def __len__(self) -> int:
         return self.n_batches * len(self.tokens)
@@ -174,17 +183,17 @@ class TimedRows:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = index % len(self.tokens)
         if row == 0:
-            self.asked_at.append(time.perf_counter())
+            self.asked_at.append(now())
         return {"input_ids": self.tokens[row]}
 
 
-def eai_sparsify(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
+def eai_sparsify(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
     """Its own `Trainer.fit` on a Hugging Face GPT-2, with Adam."""
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
     class TimedTrainer(Trainer):
         def save(self) -> None:  # `fit` calls it after the last step
-            self.ended_at = time.perf_counter()
+            self.ended_at = now()
 
     rows: Any = TimedRows(random_tokens(shape), n_steps)
     config = TrainConfig(
@@ -198,8 +207,7 @@ def eai_sparsify(shape: Shape, d_sae: int, n_steps: int) -> list[float]:
     )
     trainer = TimedTrainer(config, rows, hugging_face_gpt2(shape))
     trainer.fit()
-    times = [*rows.asked_at, trainer.ended_at]
-    return [after - before for before, after in pairwise(times)]
+    return between([*rows.asked_at, trainer.ended_at])
 
 
 CONTESTANTS: dict[str, Run] = {

@@ -44,6 +44,8 @@ class Measurement:
 
     seconds: list[float]
     """Of each step after the warm-up."""
+    cpu_seconds: list[float]
+    """The same in processor time of all threads: what to compare where other programs take their share."""
     peak_rss_bytes: int
     gflop_per_second: float
     """Of a dense fp32 matrix product, right after the steps."""
@@ -57,9 +59,10 @@ def measure(name: str, shape: Shape, d_sae: int, steps: int, threads: int) -> Me
     from contestants import CONTESTANTS as RUNS
 
     torch.set_num_threads(threads)
-    _, *seconds = RUNS[name](shape, d_sae, steps + 1)
+    _, *times = RUNS[name](shape, d_sae, steps + 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measurement(seconds, peak, matmul_speed())
+    seconds, cpu_seconds = ([step[i] for step in times] for i in (0, 1))
+    return Measurement(seconds, cpu_seconds, peak, matmul_speed())
 
 
 def matmul_speed(repeats: int = 12) -> float:
@@ -86,8 +89,10 @@ def measure_in_child(name: str, d_sae: int, args: argparse.Namespace) -> Measure
         print(f"{name} at d_sae {d_sae:,} failed with exit status {result.returncode}.\n{error}", file=sys.stderr)
         return None
     measurement = Measurement(**json.loads(result.stdout.splitlines()[-1]))
-    steps = ", ".join(f"{seconds:.1f}" for seconds in measurement.seconds)
-    print(f"{name} at d_sae {d_sae:,}: steps of {steps} s", file=sys.stderr, flush=True)
+    steps = ", ".join(
+        f"{wall:.1f} ({cpu:.1f})" for wall, cpu in zip(measurement.seconds, measurement.cpu_seconds, strict=True)
+    )
+    print(f"{name} at d_sae {d_sae:,}: steps of {steps} s (processor time)", file=sys.stderr, flush=True)
     return measurement
 
 
@@ -115,19 +120,21 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             peer = by_key.get((contestant.peer, row["d_sae"]))
             if row["contestant"] == contestant.name and peer is not None:
                 row["speed_ratio"] = row["tokens_per_second"] / peer["tokens_per_second"]
+                row["cpu_time_ratio"] = median(peer["cpu_seconds"]) / median(row["cpu_seconds"])
                 row["memory_ratio"] = row["peak_rss_gb"] / peer["peak_rss_gb"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
     lines = [
-        "| contestant | d_sae | tokens/s | x peer | peak RSS (GB) | x peer | floor tokens/s | share of floor |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| contestant | d_sae | tokens/s | x peer | x peer, CPU | peak GB | x peer | floor tokens/s | share of floor |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        speed, memory = (f"{row[key]:.2f}" if key in row else "" for key in ("speed_ratio", "memory_ratio"))
+        ratios = ("speed_ratio", "cpu_time_ratio", "memory_ratio")
+        speed, cpu, memory = (f"{row[key]:.2f}" if key in row else "" for key in ratios)
         lines.append(
-            f"| {row['contestant']} | {row['d_sae']:,} | {row['tokens_per_second']:.0f} | {speed} "
+            f"| {row['contestant']} | {row['d_sae']:,} | {row['tokens_per_second']:.0f} | {speed} | {cpu} "
             f"| {row['peak_rss_gb']:.2f} | {memory} | {row['floor_tokens_per_second']:.0f} "
             f"| {row['share_of_floor']:.0%} |"
         )

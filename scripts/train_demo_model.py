@@ -1,15 +1,11 @@
 """Train the bundled language model and write it into `e2e_sae_plugin/demo/model/`.
 
-    python scripts/train_demo_model.py --bf16 --compile --minutes 62
-    python scripts/train_demo_model.py --bf16 --compile --minutes 9 --continue-from e2e_sae_plugin/demo/model
+    python scripts/train_demo_model.py --minutes 60
 
 Reads the running interpreter's standard library (tests included where they are installed), learns a byte-level BPE on
 the training files and trains a small rotary transformer in plain PyTorch: Muon for the matrices of the blocks, AdamW
 for the rest. Plain PyTorch because Muon wants 2-D matrices and fused attention is twice as fast on a CPU; the result is
 exported as a `HookedTransformer` state dict, and held-out bits per byte are measured on that, as users load it.
-
-The second command goes on from a written model at decaying rates, on the library without its tests: the text that the
-demo uses, and the only text that every interpreter ships.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
@@ -159,33 +155,8 @@ class Transformer(nn.Module):
         state["unembed.b_U"] = torch.zeros(cfg["d_vocab"])
         return {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
 
-    @torch.no_grad()
-    def load_hooked_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `hooked_state_dict`."""
-        state = {name: tensor.float() for name, tensor in state.items()}
-        d_model = self.cfg["d_model"]
-        own: dict[str, Tensor] = {"embed.weight": state["embed.W_E"], "unembed.weight": state["unembed.W_U"].T}
-        for i in range(self.cfg["n_layers"]):
-            prefix = f"blocks.{i}."
-            for ln in ("ln1", "ln2"):
-                own[f"{prefix}{ln}.weight"], own[f"{prefix}{ln}.bias"] = (
-                    state[f"{prefix}{ln}.w"],
-                    state[f"{prefix}{ln}.b"],
-                )
-            weights = [state[f"{prefix}attn.W_{letter}"].transpose(-1, -2) for letter in "QKV"]
-            biases = [state[f"{prefix}attn.b_{letter}"] for letter in "QKV"]
-            own[f"{prefix}attn.qkv.weight"] = torch.stack(weights).reshape(-1, d_model)
-            own[f"{prefix}attn.qkv.bias"] = torch.stack(biases).flatten()
-            own[f"{prefix}attn.out.weight"] = state[f"{prefix}attn.W_O"].reshape(-1, d_model).T
-            own[f"{prefix}attn.out.bias"] = state[f"{prefix}attn.b_O"]
-            for ours, theirs in (("mlp_in", "in"), ("mlp_out", "out")):
-                own[f"{prefix}{ours}.weight"] = state[f"{prefix}mlp.W_{theirs}"].T
-                own[f"{prefix}{ours}.bias"] = state[f"{prefix}mlp.b_{theirs}"]
-        own["ln_final.weight"], own["ln_final.bias"] = state["ln_final.w"], state["ln_final.b"]
-        self.load_state_dict(own)
 
-
-def learning_rate_factor(progress: float, flat: float, warm_up: float = 0.02) -> float:
+def learning_rate_factor(progress: float, warm_up: float = 0.02, flat: float = 0.4) -> float:
     """Linear warm-up, flat, then linear to zero, as a function of the share of the run that is done."""
     if progress < warm_up:
         return progress / warm_up
@@ -209,7 +180,7 @@ def train(model: Transformer, stream: Tensor, args: argparse.Namespace, bos: int
     while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_factor(progress, flat=0.05 if args.continue_from else 0.4)
+                group["lr"] = rate * learning_rate_factor(progress)
         starts = torch.randint(len(stream) - len(offsets), (args.batch_sequences, 1), generator=generator)
         tokens = F.pad(stream[starts + offsets].long(), (1, 0), value=bos)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -241,17 +212,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="autocast the training pass")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training pass")
-    parser.add_argument("--continue-from", type=Path, help="go on from this model, on the library without its tests")
     parser.add_argument("--output", type=Path, default=MODEL_DIRECTORY)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    texts = stdlib_texts("train", include_tests=args.continue_from is None)
+    texts = stdlib_texts("train", include_tests=True)
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.continue_from is None:
-        tokenizer = train_tokenizer(texts, MODEL_CONFIG["d_vocab"])
-    else:
-        tokenizer = Tokenizer.from_file(str(args.continue_from / "tokenizer.json"))
+    tokenizer = train_tokenizer(texts, MODEL_CONFIG["d_vocab"])
     tokenizer.save(str(args.output / "tokenizer.json"))
     bos = tokenizer.token_to_id(BOS_TOKEN)
     ids = [
@@ -264,18 +231,14 @@ def main() -> None:
     )
 
     model = Transformer(MODEL_CONFIG)
-    if args.continue_from is not None:
-        model.load_hooked_state_dict(load_file(args.continue_from / "model.safetensors"))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     tokens_seen, train_loss = train(model, stream, args, bos)
 
     (args.output / "config.json").write_text(json.dumps(MODEL_CONFIG, indent=2) + "\n")
     save_file(model.hooked_state_dict(), args.output / "model.safetensors")
     hooked, fast_tokenizer = load_demo_model(args.output), load_demo_tokenizer(args.output)
-    before = json.loads((args.continue_from / "training.json").read_text()) if args.continue_from else None
     report = {
         "python": platform.python_version(),
-        "continued_from": before,
         "training_minutes": args.minutes,
         "training_tokens": tokens_seen,
         "final_training_loss_nats": round(train_loss, 4),

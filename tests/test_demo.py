@@ -82,8 +82,8 @@ def test_bits_per_byte_of_a_model_that_knows_nothing_is_that_of_uniform_guessing
 
 def test_bundled_model_predicts_held_out_source_as_its_card_says():
     report = json.loads((MODEL_DIRECTORY / "training.json").read_text())
+    assert report["bits_per_byte"]["evaluation_with_tests"] <= 1.15  # all held-out files of the library
     measured = report["bits_per_byte"]["evaluation"]
-    assert measured <= 1.15
     texts = stdlib_texts("evaluation")[:12]
     # A sample, on whatever Python runs this: files differ a lot in how predictable they are.
     assert bits_per_byte(load_demo_model(), load_demo_tokenizer(), texts) < measured + 0.35
@@ -91,14 +91,13 @@ def test_bundled_model_predicts_held_out_source_as_its_card_says():
 
 def test_bundled_model_continues_code_in_recognisable_python():
     model, tokenizer = load_demo_model(), load_demo_tokenizer()
-    prompt = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, "
+    prompt = "def parse_args(argv=None):\n    parser = "
     tokens = torch.tensor([tokenizer.encode(prompt)])
     with torch.no_grad():
-        for _ in range(24):
+        for _ in range(40):
             tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
     continued = tokenizer.decode(tokens[0], skip_special_tokens=True)[len(prompt) :]
-    assert "):" in continued
-    assert "self." in continued
+    assert "\n    parser.add_argument(" in continued
 
 
 def test_wheel_budget_of_the_bundled_files():

@@ -192,7 +192,7 @@ def test_mask_of_positions_and_excluded_tokens_is_the_hand_worked_one():
 
 
 def test_select_takes_the_masked_tokens_in_order_and_flattens_heads():
-    activation = torch.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)  # [batch, pos, head, d_head]
+    activation = torch.arange(24.0).reshape(2, 3, 2, 2)  # [batch, pos, head, d_head]
     mask = torch.tensor([[True, False, True], [False, True, False]])
     assert select_tokens(activation, mask).tolist() == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]]
     assert select_tokens(activation, None).tolist() == activation.reshape(6, 4).tolist()
