@@ -55,6 +55,19 @@ def check_normalisation(architecture: str, normalize_activations: str) -> None:
         )
 
 
+def check_dtype(architecture: str, sae_dtype: str, autocast: bool) -> None:
+    """Refuse a low-precision Gated SAE without autocast: SAELens's auxiliary loss multiplies its fp32 input by the weights.
+
+    Raises:
+        ValueError: for instance gated with bfloat16.
+    """
+    if architecture == "gated" and not autocast and sae_dtype not in ("float32", "torch.float32"):
+        raise ValueError(
+            f"sae.dtype={sae_dtype!r} cannot be trained with architecture 'gated': SAELens's auxiliary loss needs the "
+            "dtype of its input. Expected 'float32'; set autocast=True for mixed precision."
+        )
+
+
 def loss_kind(name: str) -> LossKind:
     """What a named loss of `TrainStepOutput.losses` is; unknown names are sparsity terms, kept as they are."""
     if name == "mse_loss":

@@ -107,12 +107,13 @@ def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAER
 
 
 @contextmanager
-def reading_dataset(cfg: E2ESAERunnerConfig) -> Iterator[None]:
-    """Turn the host's bare `StopIteration` for a dataset without rows into an error that says so."""
+def reading_dataset(cfg: E2ESAERunnerConfig, override_dataset: Any) -> Iterator[None]:
+    """Turn what the host makes of a dataset without rows (a bare `StopIteration`; an empty `override_dataset` counts as
+    none) into an error that says so."""
     try:
+        if override_dataset is not None and hasattr(override_dataset, "__len__") and not len(override_dataset):
+            raise StopIteration
         yield
     except StopIteration:
-        raise ValueError(
-            f"The dataset {cfg.dataset_path!r} has no rows, so it ran out before one batch. Check dataset_path or "
-            "override_dataset."
-        ) from None
+        which = f"dataset_path={cfg.dataset_path!r}" if override_dataset is None else "override_dataset"
+        raise ValueError(f"{which} has no rows, so the dataset ran out before one batch. Use one with data.") from None

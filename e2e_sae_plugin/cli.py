@@ -154,7 +154,7 @@ def demo(argv: Sequence[str]) -> None:
         "them on held-out files of Python's standard library. Needs no network, no GPU and no account.",
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the SAEs (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="training tokens for each SAE (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens for each SAE (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the SAEs' initial weights (%(default)s)")
     args = parser.parse_args(list(argv))
     from e2e_sae_plugin.demo.run import run_demo  # only the demo needs its model and data

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
-from e2e_sae_plugin.architectures import check_normalisation
+from e2e_sae_plugin.architectures import check_dtype, check_normalisation
 from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         self._check_fields()
         super().__post_init__()
         check_normalisation(self.sae.architecture(), self.sae.normalize_activations)
+        check_dtype(self.sae.architecture(), self.sae.dtype, self.autocast)
         self._check_batch()
 
     def _check_fields(self) -> None:

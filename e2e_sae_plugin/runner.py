@@ -71,7 +71,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             check_wandb_login()
         sae = build_sae(cfg) if override_sae is None else override_sae
         own_model = load_model_for(cfg) if override_model is None else None
-        with reading_dataset(cfg), quiet_override_warning(own_model is not None):
+        with reading_dataset(cfg, override_dataset), quiet_override_warning(own_model is not None):
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,

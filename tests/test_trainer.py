@@ -672,7 +672,12 @@ def test_autocast_of_the_model_changes_the_numbers_by_bf16_rounding_only():
     assert float(cosine) > 0.98
 
 
-@pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)
+def test_a_gated_sae_in_bfloat16_is_refused_because_the_host_cannot_train_it():
+    with pytest.raises(ValueError, match="sae.dtype='bfloat16' cannot be trained with architecture 'gated'"):
+        runner_config("gated", {"dtype": "bfloat16"}, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("architecture", [name for name in BUILT_IN_ARCHITECTURES if name != "gated"])
 def test_an_sae_in_bfloat16_trains(architecture: str):
     config = runner_config(architecture, {"dtype": "bfloat16"}, dtype="bfloat16", objective=Objective(beta=0.01))
     trainer = build_trainer(config)
