@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.training._interruption import InterruptedException
 from simple_parsing import ArgumentParser, subgroups
 
 from e2e_sae_plugin._version import __version__
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, InterruptedException):
         return 130
     return 0
 

@@ -673,7 +673,7 @@ def test_autocast_of_the_model_changes_the_numbers_by_bf16_rounding_only():
 
 
 def test_a_gated_sae_in_bfloat16_is_refused_because_the_host_cannot_train_it():
-    with pytest.raises(ValueError, match="sae.dtype='bfloat16' cannot be trained with architecture 'gated'"):
+    with pytest.raises(ValueError, match=r"sae\.dtype='bfloat16' cannot be trained with architecture 'gated'"):
         runner_config("gated", {"dtype": "bfloat16"}, dtype="bfloat16")
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +77,28 @@ def demo_config(kind: DemoKind, output: Path | None, training_tokens: int, seed:
     )
 
 
+@contextmanager
+def quiet_host() -> Iterator[None]:
+    """Silence what SAELens says about overridden models and data, which a demo overrides on purpose."""
+    host_logger = logging.getLogger("sae_lens")
+    level = host_logger.level
+    host_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The training dataset contains fewer samples")
+            warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+            yield
+    finally:
+        host_logger.setLevel(level)
+
+
 def train_kind(
     kind: DemoKind, model: HookedTransformer, dataset: Dataset, output: Path, training_tokens: int, seed: int
 ) -> Path:
     """Train one SAE and return the folder it was saved in."""
     cfg = demo_config(kind, output, training_tokens, seed)
-    E2ESAETrainingRunner(cfg, override_model=model, override_dataset=dataset).run()
+    with quiet_host():
+        E2ESAETrainingRunner(cfg, override_model=model, override_dataset=dataset).run()
     assert cfg.output_path is not None
     return Path(cfg.output_path)
 
