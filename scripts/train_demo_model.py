@@ -16,6 +16,7 @@ import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,8 @@ class Transformer(nn.Module):
         cfg, state = self.cfg, {}
         n_heads, d_head, d_model = cfg["n_heads"], cfg["d_head"], cfg["d_model"]
         state["embed.W_E"] = self.embed.weight
-        for i, block in enumerate(self.blocks):
+        blocks: list[Any] = list(self.blocks)
+        for i, block in enumerate(blocks):
             prefix = f"blocks.{i}."
             for ln in ("ln1", "ln2"):
                 state[f"{prefix}{ln}.w"], state[f"{prefix}{ln}.b"] = getattr(block, ln).weight, getattr(block, ln).bias
@@ -221,6 +223,7 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, MODEL_CONFIG["d_vocab"])
     tokenizer.save(str(args.output / "tokenizer.json"))
     bos = tokenizer.token_to_id(BOS_TOKEN)
+    assert bos is not None
     ids = [
         torch.tensor(encoding.ids, dtype=torch.int16) for encoding in tokenizer.encode_batch(texts)
     ]  # BOS, then the file

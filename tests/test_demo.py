@@ -76,7 +76,7 @@ def test_bits_per_byte_of_a_model_that_knows_nothing_is_that_of_uniform_guessing
     text = "import os\n" * 600
     n_tokens = len(tokenizer.encode(text))  # the file and its separator
     used = n_tokens - n_tokens % 255
-    n_bytes = len(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:used]).encode())
+    n_bytes = len(str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:used])).encode())
     assert bits_per_byte(model, tokenizer, [text]) == pytest.approx(used * 11 / n_bytes, rel=1e-4)  # 2**11 = vocabulary
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from e2e_sae_plugin.demo.corpus import Split, stdlib_texts
-from e2e_sae_plugin.demo.model import load_demo_tokenizer
+from e2e_sae_plugin.demo.model import BOS_TOKEN, load_demo_tokenizer
 
 
 def demo_tokens(
@@ -44,7 +44,9 @@ def demo_tokens(
     encoded = tokenizer(texts)["input_ids"]  # each starts with <|endoftext|>
     stream = torch.tensor([token for ids in encoded for token in ids])
     stream = stream[: len(stream) - len(stream) % (context_size - 1)].view(-1, context_size - 1)
-    sequences = torch.nn.functional.pad(stream, (1, 0), value=tokenizer.bos_token_id)
+    bos = tokenizer.convert_tokens_to_ids(BOS_TOKEN)
+    assert isinstance(bos, int)
+    sequences = torch.nn.functional.pad(stream, (1, 0), value=bos)
     return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))]
 
 

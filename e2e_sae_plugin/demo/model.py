@@ -66,5 +66,5 @@ def bits_per_byte(
     for batch in windows.split(batch_size):
         logits = model(batch, return_type="logits")
         nats += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
-    n_bytes = len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    n_bytes = len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode())
     return nats / math.log(2) / n_bytes
