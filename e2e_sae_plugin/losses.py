@@ -85,7 +85,7 @@ def _kl_chunk(clean: Tensor, spliced: Tensor, unembed: Unembed, needs_grad: bool
     log_y_hat = logits.detach().float().log_softmax(-1)
     y = log_y.exp()
     # In place from here on: these are the largest tensors of a step.
-    chunk_sum = log_y.sub_(log_y_hat).mul_(y).sum(dtype=torch.float64)
+    chunk_sum = log_y.sub_(log_y_hat).mul_(y).sum(-1).sum(dtype=torch.float64)
     if not needs_grad:
         return chunk_sum, leaf
     logits_gradient = log_y_hat.exp_().sub_(y).to(logits.dtype)
