@@ -95,7 +95,7 @@ def our_trainer(shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad
         objective=Objective.e2e(),
         context_size=shape.context_size,
         train_batch_size_tokens=shape.tokens_per_step,
-        store_batch_size_prompts=shape.n_prompts,
+        store_batch_size_prompts=shape.n_prompts // 2,
         training_tokens=100 * shape.tokens_per_step,
         lr=LEARNING_RATE,
         max_grad_norm=max_grad_norm,

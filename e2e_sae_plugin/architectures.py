@@ -25,6 +25,11 @@ NAMES_EVERY_LOSS = frozenset(
     {"standard", "gated", "topk", "abstopk", "jumprelu", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"}
 )
 
+# Their losses are means over tokens of terms that no other token enters, so the SAE may run on some of a step's tokens at a
+# time. BatchTopK and Matryoshka choose features across tokens; an auxiliary reconstruction's default weight depends on
+# the whole step's KL (gated, topk, abstopk); of a user's architecture nothing is known.
+TOKEN_SEPARABLE = frozenset({"standard", "jumprelu", "matching_pursuit"})
+
 _RUN_TIME_NORMALISATIONS = frozenset({"layer_norm", "constant_norm_rescale"})
 # The host raises for these once a feature is dead (TopK's auxiliary loss, in topk_sae.py) or, with Matryoshka, at the
 # first inner level; matching pursuit's tied encoder cannot absorb a whitening.

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from e2e_sae_plugin.losses import fused_kl_sum, squared_error_sum
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
+from e2e_sae_plugin.losses import squared_error_sum
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.splice import CleanPass, SplicedModel, SplicedPass
 from e2e_sae_plugin.splice.activations import insert_sae_out, select_sae_in, select_tokens, trained_tokens
@@ -71,7 +72,7 @@ def kl_sum(model: SplicedModel, micro: MicroBatch, spliced: SplicedPass) -> Tens
     assert spliced.hidden is not None
     device_mask = None if micro.mask is None else micro.mask.to(spliced.hidden.device)
     clean_hidden = select_tokens(micro.clean.hidden, device_mask)
-    return fused_kl_sum(clean_hidden, select_tokens(spliced.hidden, device_mask), model.logits, model.vocabulary)
+    return fused_kl_sum(clean_hidden, select_tokens(spliced.hidden, device_mask), model.unembed, model.vocabulary)
 
 
 def downstream_error_sum(micro: MicroBatch, spliced: SplicedPass, hook: str) -> Tensor:

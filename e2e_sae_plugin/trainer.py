@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,18 +11,19 @@ from jaxtyping import Int
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from e2e_sae_plugin.architectures import combine_sae_losses, inner_reconstructions
+from e2e_sae_plugin.architectures import TOKEN_SEPARABLE, combine_sae_losses, inner_reconstructions
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.kernels import relu_sae
 from e2e_sae_plugin.metrics_log import MetricsLog
+from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.splice import SplicedModel
+from e2e_sae_plugin.splice.activations import trained_tokens
 from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, spliced_terms
+from e2e_sae_plugin.step_output import merge_step_outputs
 
 HeldOutEvaluator = Callable[["E2ESAETrainer"], dict[str, float]]
 """Measures a trainer's SAE as it stands; its metrics go to the log."""
-
-PROGRESS_SECONDS = 0.5
 
 
 class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
@@ -33,9 +33,10 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
     * the gradient-norm clip is `max_grad_norm`;
     * metrics and held-out evaluation run with Weights & Biases or without.
 
-    The SAE runs once on the whole step, exactly as SAELens's trainer runs it, so architectures that couple tokens
-    (BatchTopK) and everything that advances once per step (thresholds, dead-feature counters) do not see the
-    micro-batches: only the model's passes are chunked.
+    Micro-batches give the gradient of the one big batch. Where tokens do not touch each other (`TOKEN_SEPARABLE`) the SAE
+    goes through the micro-batches with the model; elsewhere (BatchTopK) it runs once on the whole step, as SAELens's
+    trainer runs it, and only the model's passes are chunked. What advances once per step (thresholds, dead-feature
+    counters, schedules) does not see the micro-batches.
 
     Args:
         cfg: the run's config.
@@ -73,6 +74,7 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.excluded_tokens = excluded_tokens
         self.last_evaluation: dict[str, float] = {}
         self.grad_norm: Tensor | None = None
+        self.l0 = torch.zeros(())  # of the last step
         self._generator = torch.Generator().manual_seed(cfg.seed)
 
     # One optimizer step.
@@ -87,22 +89,56 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
             ValueError: every token of the batch is excluded.
         """
         self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
-        micro_batches = self.clean_micro_batches(batch, hidden=self.objective.kl > 0)
-        sae_in = self.scaled_sae_in(micro_batches)
-        if not len(sae_in):
+        outputs: list[TrainStepOutput] = []
+        shares: list[float] = []
+        n_tokens = self._n_trained_tokens(batch)
+        if not n_tokens:
             raise ValueError(
                 f"Every token of the batch at step {self.n_training_steps} is excluded by exclude_special_tokens="
                 f"{self.runner_cfg.exclude_special_tokens!r}, so there is nothing to train on."
             )
-        output = self._sae_forward(sae_in)
+        fired = torch.zeros_like(self.act_freq_scores)
+        for tokens in self._sae_batches(batch):
+            share = self._n_trained_tokens(tokens) / n_tokens
+            if share > 0:
+                outputs.append(self._forward_and_backward(tokens, share, fired))
+                shares.append(share)
+        self._count_firing(fired, n_tokens)
+        self._update()
+        return merge_step_outputs(outputs, shares)
+
+    def _n_trained_tokens(self, tokens: Tensor) -> int:
+        mask = trained_tokens(tokens, self.runner_cfg.seqpos_slice, self.excluded_tokens)
+        return tokens.numel() if mask is None else int(mask.sum())
+
+    def _sae_batches(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """The sequences that the SAE runs on together: a micro-batch where tokens do not touch each other, else all.
+
+        Local training has no passes to wait for, and keeps the host's order of summation.
+        """
+        separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
+        return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
+
+    def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
+        """Adds the gradient of these sequences' part of the step to the SAE's parameters.
+
+        Args:
+            share: their trained tokens as a share of the step's, by which means over them enter the step's means.
+            fired: `[d_sae]`, receives how many of the tokens each feature fired on.
+        """
+        micro_batches = self.clean_micro_batches(tokens, hidden=self.objective.kl > 0)
+        output = self._sae_forward(self.scaled_sae_in(micro_batches))
+        with torch.no_grad():
+            firing = output.feature_acts.bool()
+            fired += (firing.to_dense() if firing.is_sparse else firing).sum(0, dtype=torch.int32)  # int64 costs double
         reconstructions = self._reconstructions(output)
         spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
         sae_total, sae_terms = combine_sae_losses(output, self.sae.cfg.architecture(), self.objective, spliced.weighted)
         # One backward through the SAE, from its own losses and from what the spliced passes ask of its output.
-        roots = [(sae_total, None), *((r, g) for (_, _, r), g in zip(reconstructions, spliced.gradients, strict=True))]
+        roots = [(sae_total, torch.full_like(sae_total, share))]
+        roots += [(r, g * share) for (_, _, r), g in zip(reconstructions, spliced.gradients, strict=True)]
         roots = [(root, seed) for root, seed in roots if root.requires_grad]
         torch.autograd.backward([root for root, _ in roots], [seed for _, seed in roots])
-        self._update()
         output.loss = (spliced.weighted + sae_total).detach()
         output.losses = {**spliced.named, **sae_terms}
         return output
@@ -131,26 +167,29 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         return acts.to(self.sae.device, torch.get_default_dtype())  # the dtype that the host's store hands out
 
     def _sae_forward(self, sae_in: Tensor) -> TrainStepOutput:
-        """The forward half of the host's `_train_step`; its statistics count the tokens really trained on."""
+        """The forward half of the host's `_train_step`."""
         self.sae.train()
+        step_input = TrainStepInput(
+            sae_in=sae_in,
+            dead_neuron_mask=self.dead_neurons,
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
         with self.autocast_if_enabled:
-            output = self.sae.training_forward_pass(
-                step_input=TrainStepInput(
-                    sae_in=sae_in,
-                    dead_neuron_mask=self.dead_neurons,
-                    coefficients=self.get_coefficients(),
-                    n_training_steps=self.n_training_steps,
-                    is_logging_step=self._is_logging_step(),
-                )
-            )
-        with torch.no_grad():
-            firing = output.feature_acts.bool()
-            n_fired = (firing.to_dense() if firing.is_sparse else firing).sum(0)
-            self.n_forward_passes_since_fired += 1
-            self.n_forward_passes_since_fired[n_fired > 0] = 0
-            self.act_freq_scores += n_fired
-            self.n_frac_active_samples += len(sae_in)
-        return output
+            # Local training stays the host's own computation, to the bit.
+            if self.objective.needs_spliced_pass and relu_sae.can_train(self.sae):
+                return relu_sae.training_forward_pass(self.sae, step_input)  # pyright: ignore[reportArgumentType]
+            return self.sae.training_forward_pass(step_input)
+
+    @torch.no_grad()
+    def _count_firing(self, fired: Tensor, n_tokens: int) -> None:
+        """The host's sparsity statistics, once per step, over the tokens really trained on."""
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[fired > 0] = 0
+        self.act_freq_scores += fired
+        self.n_frac_active_samples += n_tokens
+        self.l0 = fired.sum() / n_tokens
 
     def _reconstructions(self, output: TrainStepOutput) -> list[tuple[str, float, Tensor]]:
         """(suffix, weight, reconstruction in the model's own space): the SAE's output and Matryoshka's inner levels."""
@@ -202,8 +241,7 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         """
         self.sae.to(self.cfg.device)
         self._estimate_activation_scaling()
-        with self._progress_bar() as bar:
-            shown = 0.0
+        with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
             while self.n_training_samples < self.cfg.total_training_samples:
                 self._log(self.maybe_reset_sparsity())
                 output = self.step(next(self.data_provider))
@@ -213,10 +251,8 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
                     self.evaluate()
                 self._checkpoint_if_needed()
                 self.n_training_steps += 1
-                if time.monotonic() - shown > PROGRESS_SECONDS:
-                    self._show_progress(bar, output)
-                    shown = time.monotonic()
-            bar.update(self.n_training_samples - bar.n)
+                done = self.n_training_samples >= self.cfg.total_training_samples
+                progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=done)
         self._log(self.full_sparsity_window_log())
         self.evaluate()
         self.fold_activation_scaling()
@@ -280,20 +316,3 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self.metrics_log.log(metrics, self.n_training_steps, self.n_training_samples)
-
-    def _progress_bar(self) -> tqdm[Any]:
-        return tqdm(
-            total=self.cfg.total_training_samples,
-            initial=self.n_training_samples,
-            desc="Training SAE end to end",
-            unit="tok",
-            unit_scale=True,
-            dynamic_ncols=True,
-        )
-
-    @torch.no_grad()
-    def _show_progress(self, bar: tqdm[Any], output: TrainStepOutput) -> None:
-        l0 = output.feature_acts.bool().float().sum(-1).to_dense().mean().item()
-        terms = {name.removesuffix("_loss"): f"{float(value):.4g}" for name, value in output.losses.items()}
-        bar.set_postfix({"step": self.n_training_steps, **terms, "L0": f"{l0:.1f}"}, refresh=False)
-        bar.update(self.n_training_samples - bar.n)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from e2e_sae_plugin import splice_into
 from e2e_sae_plugin.evaluation import measure, metrics, reconstruct_with
+from e2e_sae_plugin.kernels import kl
 
 HOOK = "blocks.1.hook_resid_pre"
 EXCLUDED = torch.tensor([5, 9, 22, 40, 41, 42, 50])
@@ -82,7 +83,7 @@ def assert_equal_metrics(found: metrics.SpliceMetrics, naive: dict[str, Any]) ->
 def test_metrics_equal_naive_code_whatever_the_chunks(
     batch_size_prompts: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(metrics, "CHUNK_LOGIT_ELEMENTS", chunk)
+    monkeypatch.setattr(kl, "CHUNK_LOGIT_ELEMENTS", chunk)
     model, sae, tokens = tiny_hooked_transformer(), training_sae(runner_config()), token_batch(7)
     found = measure(reconstruct_with(sae), checked_splice(model), tokens, batch_size_prompts=batch_size_prompts)
     assert_equal_metrics(found, naive_metrics(model, sae, tokens, torch.ones_like(tokens).bool(), HOOK))

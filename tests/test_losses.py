@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from e2e_sae_plugin import losses
-from e2e_sae_plugin.losses import fused_kl_sum, kl_per_token, squared_error_sum
+from e2e_sae_plugin.kernels import kl
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
+from e2e_sae_plugin.losses import kl_per_token, squared_error_sum
 from e2e_sae_plugin.splice.activations import insert_sae_out, select_sae_in, select_tokens, trained_tokens
 
 D, V, N = 6, 11, 13
@@ -66,7 +67,7 @@ def test_fused_kl_gradient_is_the_hand_worked_y_hat_minus_y():
 @pytest.mark.parametrize("head", ["linear", "biased", "soft_capped"])
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 5, N, 1000])
 def test_fused_kl_value_and_gradient_equal_naive_code(head: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGIT_ELEMENTS", chunk_tokens * V)
+    monkeypatch.setattr(kl, "CHUNK_LOGIT_ELEMENTS", chunk_tokens * V)
     seen: list[int] = []
     inner = unembeddings()[head]
 
@@ -88,7 +89,7 @@ def test_fused_kl_value_and_gradient_equal_naive_code(head: str, chunk_tokens: i
 
 
 def test_vocabulary_larger_than_a_chunk_still_runs_one_token_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr(kl, "CHUNK_LOGIT_ELEMENTS", 1)
     clean, spliced = hidden_states()
     unembed = unembeddings()["linear"]
     torch.testing.assert_close(fused_kl_sum(clean, spliced, unembed, V), naive_kl_sum(clean, spliced, unembed))

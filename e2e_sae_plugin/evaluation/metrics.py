@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
-from e2e_sae_plugin.losses import CHUNK_LOGIT_ELEMENTS
+from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel, SplicedPass
 from e2e_sae_plugin.splice.activations import select_tokens
 from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, downstream_error_sum, splice
@@ -175,10 +175,10 @@ def _add_outputs(sums: _Sums, model: SplicedModel, micro: MicroBatch, spliced: S
     targets = select_tokens(next_tokens[..., None].to(device), mask)[:, 0]
     clean, changed = select_tokens(micro.clean.hidden, mask), select_tokens(spliced.hidden, mask)
     sums.n_predicted += int((targets != -100).sum())
-    size = max(1, CHUNK_LOGIT_ELEMENTS // model.vocabulary)
+    size = chunk_tokens(model.vocabulary)
     for i in range(0, len(targets), size):
-        log_y = model.logits(clean[i : i + size]).float().log_softmax(-1)
-        log_y_hat = model.logits(changed[i : i + size]).float().log_softmax(-1)
+        log_y = model.unembed(clean[i : i + size]).float().log_softmax(-1)
+        log_y_hat = model.unembed(changed[i : i + size]).float().log_softmax(-1)
         sums.add("ce_clean", F.nll_loss(log_y, targets[i : i + size], reduction="sum"))
         sums.add("ce_spliced", F.nll_loss(log_y_hat, targets[i : i + size], reduction="sum"))
         sums.add("kl", F.kl_div(log_y_hat, log_y, log_target=True, reduction="sum"))

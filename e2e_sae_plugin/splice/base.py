@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from e2e_sae_plugin._typing import shape_checked
+from e2e_sae_plugin.kernels.kl import LinearHead, Unembed
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
 
 HookFunction = Callable[[Tensor], Tensor | None]
@@ -58,6 +59,7 @@ class SplicedModel(ABC):
         self.position = self._find_position(hook_name)
         self.downstream_hooks = self._choose_downstream(downstream_hooks, needs_downstream)
         self.vocabulary = 0  # known after `check`
+        self.unembed: Unembed = self.logits  # `check` puts a faster one here where it can
 
     def _freeze(self) -> None:
         self.model.eval()
@@ -112,6 +114,10 @@ class SplicedModel(ABC):
     @abstractmethod
     def logits(self, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocabulary"]:
         """The model's own map from final hidden states `[tokens, d_model]` to logits `[tokens, vocabulary]`."""
+
+    @abstractmethod
+    def linear_head(self) -> LinearHead | None:
+        """The unembedding's weights where it looks linear; `check` finds out whether it is."""
 
     @abstractmethod
     def full_logits(self, tokens: Tensor) -> Tensor:
@@ -189,7 +195,20 @@ class SplicedModel(ABC):
                 "computed in chunks. Please report the model class: " + type(self.model).__name__
             )
         self._check_downstream(clean)
+        self.unembed = self._fastest_unembedding(clean.hidden[0])
         return clean.activation
+
+    @torch.no_grad()
+    def _fastest_unembedding(self, hidden: Tensor) -> Unembed:
+        """The linear head if it gives the model's logits, on hidden states large enough to reach any soft cap too."""
+        head = self.linear_head()
+        if head is None:
+            return self.logits
+        logits = self.logits(hidden)
+        probe = torch.cat([hidden, hidden * (1e3 / float(logits.abs().max().clamp_min(1e-3)))])
+        expected, got = self.logits(probe).float(), head(probe.to(head.weight)).to(logits.device).float()
+        same = got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+        return head if same else self.logits
 
     def _check_causal(self, tokens: Tensor, logits: Tensor) -> None:
         changed = tokens.clone()

@@ -11,6 +11,7 @@ import torch
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
 
+from e2e_sae_plugin.kernels.kl import LinearHead
 from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.positions import HookPosition, hugging_face_position, near_matches
@@ -77,6 +78,9 @@ class SplicedHuggingFace(SplicedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)
+
+    def linear_head(self) -> LinearHead | None:
+        return self._swap.linear_head()
 
     def full_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, return_type="logits")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e2e_sae_plugin.kernels.kl import LinearHead
+
 
 class _HandOn(nn.Module):
     """Stands in for a decoder layer: returns its input (or `value`) in the form in which the layer returned its output."""
@@ -135,6 +137,13 @@ class LayerSwap:
             return self.model(input_ids=tokens, use_cache=False).logits[0]
         finally:
             setattr(self.model, self.body_name, self.body)
+
+    def linear_head(self) -> LinearHead | None:
+        """The weights of the head if it is a plain linear map: the model may still scale or cap what comes out."""
+        head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        # A bridge wraps the head's module; anything but a plain one (quantised, an adapter) is left to the model.
+        head = getattr(head, "original_component", head)
+        return LinearHead(head.weight, head.bias) if type(head) is nn.Linear else None
 
 
 def _replace_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[Any, Any]:

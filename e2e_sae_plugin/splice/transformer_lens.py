@@ -14,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.activation_functions import apply_softcap
 
+from e2e_sae_plugin.kernels.kl import LinearHead
 from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.positions import HookPosition, transformer_lens_position
@@ -94,6 +95,10 @@ class SplicedHookedTransformer(SplicedModel):
     def logits(self, hidden: Tensor) -> Tensor:
         return apply_softcap(self.model.unembed(hidden[None])[0], self.model.cfg.output_logits_soft_cap)
 
+    def linear_head(self) -> LinearHead | None:
+        bias = self.model.unembed.b_U
+        return LinearHead(self.model.unembed.W_U.T, bias if bias.any() else None)
+
     def full_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, return_type="logits", prepend_bos=False)
 
@@ -140,6 +145,9 @@ class SplicedBridge(SplicedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)
+
+    def linear_head(self) -> LinearHead | None:
+        return self._swap.linear_head()
 
     def full_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, return_type="logits", prepend_bos=False)

@@ -1,0 +1,153 @@
+"""KL of the spliced model from final hidden states: unembedding, softmax and gradient fused over chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from e2e_sae_plugin._typing import shape_checked
+
+# Elements of one chunk's logits, of which three fp32 tensors are held: 64 MiB each. Larger chunks are no faster on a CPU
+# (measured), and on a GPU this is large enough for full matmul speed at any vocabulary.
+CHUNK_LOGIT_ELEMENTS = 2**24
+
+Unembed = Callable[[Tensor], Tensor]
+"""`[tokens, d_model]` (the final hidden state, after the final norm) -> `[tokens, vocabulary]`."""
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """An unembedding known to be linear, whose chunks of logits are then written into the same memory each time.
+
+    That is most of the KL's cost on a CPU: fresh tensors of this size are mapped in page by page, and
+    TransformerLens's own unembedding copies its whole weight at every call.
+    """
+
+    weight: Float[Tensor, "vocabulary d_model"]
+    """Any strides: a transposed view costs nothing."""
+    bias: Float[Tensor, " vocabulary"] | None = None
+
+    def __call__(self, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocabulary"]:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+@shape_checked
+def fused_kl_sum(
+    clean_hidden: Float[Tensor, "tokens d_model"],
+    spliced_hidden: Float[Tensor, "tokens d_model"],
+    unembed: Unembed,
+    vocabulary: int,
+) -> Float[Tensor, ""]:
+    """Sum over tokens of `D_KL(y || y_hat)` in nats, without ever holding all the logits.
+
+    Computes the gradient of `spliced_hidden`, `(y_hat - y) W_U`, in the same pass; `clean_hidden` gets none. The KL term
+    of Braun et al. 2024 (arXiv 2405.12241), section 2.2.
+
+    Args:
+        clean_hidden: final hidden states of the clean model, after the final norm.
+        spliced_hidden: those of the model with the SAE spliced in.
+        unembed: the model's map from hidden states to logits; a `LinearHead` is faster.
+        vocabulary: number of logits per token, which sizes the chunks.
+    """
+    total: Tensor = _FusedKLSum.apply(spliced_hidden, clean_hidden, unembed, vocabulary)  # pyright: ignore[reportAssignmentType]
+    return total
+
+
+class _FusedKLSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spliced_hidden: Tensor, clean_hidden: Tensor, unembed: Unembed, vocabulary: int) -> Tensor:
+        chunk = chunk_tokens(vocabulary)
+        needs_grad = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=torch.float64, device=spliced_hidden.device)
+        gradients: list[Tensor] = []
+        pairs = zip(clean_hidden.detach().split(chunk), spliced_hidden.detach().split(chunk), strict=True)
+        kl_chunks = _linear_chunks if isinstance(unembed, LinearHead) else _opaque_chunks
+        for chunk_sum, gradient in kl_chunks(pairs, unembed, needs_grad):  # pyright: ignore[reportArgumentType]
+            total += chunk_sum.to(total.device)
+            if gradient is not None:
+                gradients.append(gradient.to(spliced_hidden))
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(spliced_hidden))
+        return total.to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are held at once; a multiple of 64, which matrix products prefer, where that many fit."""
+    tokens = max(1, CHUNK_LOGIT_ELEMENTS // vocabulary)
+    return tokens - tokens % 64 if tokens > 64 else tokens
+
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+"""(clean, spliced) hidden states of one chunk after the other."""
+
+
+def _opaque_chunks(pairs: Pairs, unembed: Unembed, needs_grad: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """KL sum of each chunk and its gradient with respect to the spliced side, through whatever `unembed` computes."""
+    for clean, spliced in pairs:
+        log_y = unembed(clean).float().log_softmax(-1)
+        leaf = spliced.detach().requires_grad_(needs_grad)
+        with torch.set_grad_enabled(needs_grad):
+            logits = unembed(leaf)
+        log_y_hat = logits.detach().float().log_softmax(-1)
+        chunk_sum, logits_gradient = _kl_and_logit_gradient(log_y, log_y_hat, log_y.exp(), dim=-1)
+        gradient = torch.autograd.grad(logits, leaf, logits_gradient.to(logits.dtype))[0] if needs_grad else None
+        yield chunk_sum, gradient
+
+
+def _linear_chunks(pairs: Pairs, head: LinearHead, needs_grad: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The same for a linear head, in buffers that all chunks share.
+
+    On a CPU the logits are held as `[vocabulary, tokens]`: its matrix products are a quarter faster with the vocabulary
+    as rows (measured with MKL), and nothing else here minds.
+    """
+    weight, bias, device_type = head.weight, head.bias, head.weight.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    logit_dtype = torch.promote_types(dtype, torch.float32)
+    columns = device_type == "cpu"
+    dim = 0 if columns else 1
+    buffers: list[Tensor] = []
+    with torch.autocast(device_type, enabled=False):
+        for clean, spliced in pairs:
+            shape = (len(weight), len(clean)) if columns else (len(clean), len(weight))
+            if not buffers or buffers[0].shape != shape:
+                buffers = [weight.new_empty(shape), *(weight.new_empty(shape, dtype=logit_dtype) for _ in range(2))]
+            logits, log_y, log_y_hat = buffers
+            for hidden, log_probabilities in ((clean, log_y), (spliced, log_y_hat)):
+                _unembed_into(logits, hidden.to(weight), weight, bias, columns)
+                torch.log_softmax(logits, dim, dtype=logit_dtype, out=log_probabilities)
+            y = torch.exp(log_y, out=logits) if logits.dtype == logit_dtype else log_y.exp()
+            chunk_sum, gradient = _kl_and_logit_gradient(log_y, log_y_hat, y, dim)
+            if not needs_grad:
+                yield chunk_sum, None
+                continue
+            gradient = gradient.to(dtype)
+            yield chunk_sum, (gradient.T if columns else gradient) @ weight
+
+
+def _unembed_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> None:
+    left, right = (weight, hidden.T) if columns else (hidden, weight.T)
+    torch.mm(left, right, out=out)
+    if bias is not None:
+        out += bias[:, None] if columns else bias
+
+
+def _kl_and_logit_gradient(log_y: Tensor, log_y_hat: Tensor, y: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`sum y (log y - log y_hat)`, and its gradient with respect to the spliced logits, `y_hat - y`.
+
+    Works in the memory of `log_y` and `log_y_hat`: these are the largest tensors of a step.
+    """
+    # Rows in fp32, then their total in fp64: converting every element would double the traffic.
+    chunk_sum = log_y.sub_(log_y_hat).mul_(y).sum(dim).sum(dtype=torch.float64)
+    return chunk_sum, log_y_hat.exp_().sub_(y)

@@ -1,0 +1,83 @@
+"""SAELens's standard (ReLU, L1) training SAE with its backward written out, in two `[tokens, d_sae]` tensors.
+
+The host's own forward pass keeps three such tensors and makes some eight more on the way, most of them for the L1. Here
+the activations are made in place of the pre-activations, the L1 is a product with a vector, and its gradient joins that
+of the reconstruction in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.standard_sae import StandardTrainingSAE
+from torch import Tensor
+
+
+def can_train(sae: Any) -> bool:
+    """Whether `training_forward_pass` below stands for `sae`'s own: the host's class, ReLU, L1, no hooks, no autocast."""
+    return (
+        type(sae) is StandardTrainingSAE
+        and sae.cfg.lp_norm == 1
+        and isinstance(sae.activation_fn, torch.nn.ReLU)
+        and not torch.is_autocast_enabled(sae.W_enc.device.type)
+        and not any(point.fwd_hooks or point.bwd_hooks for point in sae.hook_dict.values())
+    )
+
+
+def training_forward_pass(sae: StandardTrainingSAE, step_input: TrainStepInput) -> TrainStepOutput:
+    """`StandardTrainingSAE.training_forward_pass`: same outputs and gradients, but for `hidden_pre`, which is empty."""
+    with torch.no_grad():  # the normalisation has no parameters; b_dec's part of the gradient is `_ReLUSAE`'s
+        x = sae.process_sae_in(step_input.sae_in)
+    sae_out, feature_acts, weighted_acts = _ReLUSAE.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, bool(sae.cfg.apply_b_dec_to_input)
+    )
+    sae_out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(sae_out), sae.d_head)
+    mse_loss = sae.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+    l1_loss = (step_input.coefficients["l1"] * weighted_acts).mean()
+    return TrainStepOutput(
+        sae_in=step_input.sae_in,
+        sae_out=sae_out,
+        feature_acts=feature_acts,
+        hidden_pre=feature_acts.new_empty(0, feature_acts.shape[1]),
+        loss=mse_loss + l1_loss,
+        losses={"mse_loss": mse_loss, "l1_loss": l1_loss},
+    )
+
+
+class _ReLUSAE(torch.autograd.Function):
+    """`x [tokens, d_in]` -> `sae_out`, `feature_acts` (no gradient), `sum_i feature_acts_i ||W_dec_i||` per token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, b_dec_on_input: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        acts = torch.addmm(b_enc, x, W_enc).relu_()
+        norms = W_dec.norm(dim=1)
+        ctx.save_for_backward(x, acts, norms, W_enc, W_dec)
+        ctx.b_dec_on_input = b_dec_on_input
+        ctx.mark_non_differentiable(acts)
+        ctx.set_materialize_grads(False)
+        return torch.addmm(b_dec, acts, W_dec), acts, acts @ norms
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_out, _, d_weighted = grad_outputs
+        x, acts, norms, W_enc, W_dec = ctx.saved_tensors
+        d_acts = d_W_dec = d_b_dec = None
+        if d_out is not None:
+            d_acts, d_W_dec, d_b_dec = d_out @ W_dec.T, acts.T @ d_out, d_out.sum(0)
+        if d_weighted is not None:
+            d_acts = torch.outer(d_weighted, norms) if d_acts is None else d_acts.addr_(d_weighted, norms)
+            # A decoder row of zero length has no direction: gradient 0 there, as in torch's norm.
+            scale = torch.where(norms > 0, (d_weighted @ acts) / norms, 0)[:, None]
+            d_W_dec = scale * W_dec if d_W_dec is None else d_W_dec.addcmul_(scale, W_dec)
+        if d_acts is None:
+            return None, None, None, None, None, None
+        torch.ops.aten.threshold_backward.grad_input(d_acts, acts, 0, grad_input=d_acts)  # d relu, in place
+        d_b_enc = d_acts.sum(0)
+        if ctx.b_dec_on_input:  # x = ... - b_dec: only the sum over tokens is needed, not one row per token
+            through_input = W_enc @ d_b_enc
+            d_b_dec = -through_input if d_b_dec is None else d_b_dec - through_input
+        return None, x.T @ d_acts, d_b_enc, d_W_dec, d_b_dec, None
