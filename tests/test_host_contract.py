@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.standard_sae import StandardTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 # (host method, sha256 of its source in sae-lens 6.54.12, what of ours follows it)
@@ -44,6 +46,31 @@ FOLLOWED: list[tuple[Callable[..., Any], str, str]] = [
         SAETrainer._run_and_log_evals,
         "03b7e0e5753677a3246584f00db9f4dd2758a7d247cc074985e5065d494f7b52",
         "trainer.E2ESAETrainer.evaluate and _is_evaluation_step",
+    ),
+    (
+        TrainingSAE.training_forward_pass,
+        "56466380b617ff34400a1c9870a02f2dcf60eda2fe0adc8f2d4bced6f9e62b9a",
+        "kernels.relu_sae.training_forward_pass",
+    ),
+    (
+        StandardTrainingSAE.calculate_aux_loss,
+        "5c226123b7590046445c826541e4f2b7068f869b5f1d8debd7f91cc573127ebc",
+        "kernels.relu_sae.training_forward_pass",
+    ),
+    (
+        StandardTrainingSAE.encode_with_hidden_pre,
+        "0749d62ae9b8c2b29d2b7b9cce93422353647acec1843fb4b9624f4a92678d89",
+        "kernels.relu_sae.training_forward_pass",
+    ),
+    (
+        StandardTrainingSAE.decode,
+        "ab3493a65dd79fb1e596736262e571baaf9225c1b5ec624fde2a52e312fb1d28",
+        "kernels.relu_sae.training_forward_pass",
+    ),
+    (
+        TrainingSAE.process_sae_in,
+        "de4a381e7364582141e745cdbde1f5452d9bcc870692a7b94e012e87241db452",
+        "kernels.relu_sae.training_forward_pass",
     ),
     (
         MatryoshkaBatchTopKTrainingSAE._iterable_decode,

@@ -95,13 +95,15 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 def _opaque_chunks(pairs: Pairs, unembed: Unembed, needs_grad: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
     """KL sum of each chunk and its gradient with respect to the spliced side, through whatever `unembed` computes."""
     for clean, spliced in pairs:
-        log_y = unembed(clean).float().log_softmax(-1)
+        clean_logits = unembed(clean).float()
         leaf = spliced.detach().requires_grad_(needs_grad)
         with torch.set_grad_enabled(needs_grad):
             logits = unembed(leaf)
-        log_y_hat = logits.detach().float().log_softmax(-1)
-        chunk_sum, logits_gradient = _kl_and_logit_gradient(log_y, log_y_hat, log_y.exp(), dim=-1)
-        gradient = torch.autograd.grad(logits, leaf, logits_gradient.to(logits.dtype))[0] if needs_grad else None
+        # Copies: an unembedding may hand out memory that is not ours to write to.
+        chunk_sum, d_logits = _kl_and_gradient(
+            clean_logits.clone(), logits.detach().float().clone(), torch.empty_like(clean_logits), dim=-1
+        )
+        gradient = torch.autograd.grad(logits, leaf, d_logits.to(logits.dtype))[0] if needs_grad else None
         yield chunk_sum, gradient
 
 
@@ -114,40 +116,45 @@ def _linear_chunks(pairs: Pairs, head: LinearHead, needs_grad: bool) -> Iterator
     weight, bias, device_type = head.weight, head.bias, head.weight.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    logit_dtype = torch.promote_types(dtype, torch.float32)
     columns = device_type == "cpu"
-    dim = 0 if columns else 1
     buffers: list[Tensor] = []
     with torch.autocast(device_type, enabled=False):
         for clean, spliced in pairs:
             shape = (len(weight), len(clean)) if columns else (len(clean), len(weight))
             if not buffers or buffers[0].shape != shape:
-                buffers = [weight.new_empty(shape), *(weight.new_empty(shape, dtype=logit_dtype) for _ in range(2))]
-            logits, log_y, log_y_hat = buffers
-            for hidden, log_probabilities in ((clean, log_y), (spliced, log_y_hat)):
-                _unembed_into(logits, hidden.to(weight), weight, bias, columns)
-                torch.log_softmax(logits, dim, dtype=logit_dtype, out=log_probabilities)
-            y = torch.exp(log_y, out=logits) if logits.dtype == logit_dtype else log_y.exp()
-            chunk_sum, gradient = _kl_and_logit_gradient(log_y, log_y_hat, y, dim)
-            if not needs_grad:
+                buffers = [weight.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(3)]
+            for out, hidden in zip(buffers, (clean, spliced), strict=False):
+                _unembed_into(out, hidden.to(weight), weight, bias, columns)
+            chunk_sum, d_logits = _kl_and_gradient(*buffers, dim=0 if columns else 1)
+            if needs_grad:
+                d_logits = d_logits.to(dtype)
+                yield chunk_sum, (d_logits.T if columns else d_logits) @ weight
+            else:
                 yield chunk_sum, None
-                continue
-            gradient = gradient.to(dtype)
-            yield chunk_sum, (gradient.T if columns else gradient) @ weight
 
 
 def _unembed_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> None:
     left, right = (weight, hidden.T) if columns else (hidden, weight.T)
-    torch.mm(left, right, out=out)
+    if out.dtype == weight.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
     if bias is not None:
         out += bias[:, None] if columns else bias
 
 
-def _kl_and_logit_gradient(log_y: Tensor, log_y_hat: Tensor, y: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """`sum y (log y - log y_hat)`, and its gradient with respect to the spliced logits, `y_hat - y`.
+def _kl_and_gradient(clean: Tensor, spliced: Tensor, y: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`sum y (log y - log y_hat)` of logits in at least fp32, and its gradient for the spliced logits, `y_hat - y`.
 
-    Works in the memory of `log_y` and `log_y_hat`: these are the largest tensors of a step.
+    With logits a and b less their maxima, `KL = sum exp(a) (a - b) / Z_a - log Z_a + log Z_b`. Everything happens in the
+    memory of the two logits and of `y`, a third tensor to write to: these are the largest of a step. Fewer passes over them than
+    two `log_softmax` take, which torch also computes slowly along the first dimension.
     """
-    # Rows in fp32, then their total in fp64: converting every element would double the traffic.
-    chunk_sum = log_y.sub_(log_y_hat).mul_(y).sum(dim).sum(dtype=torch.float64)
-    return chunk_sum, log_y_hat.exp_().sub_(y)
+    clean.sub_(clean.amax(dim, keepdim=True))
+    z_clean = torch.exp(clean, out=y).sum(dim, keepdim=True)
+    spliced.sub_(spliced.amax(dim, keepdim=True))
+    weighted = clean.sub_(spliced).mul_(y).sum(dim, keepdim=True)
+    z_spliced = spliced.exp_().sum(dim, keepdim=True)
+    # Tokens in fp32, then their total in fp64: converting every logit would double the traffic.
+    total = (weighted / z_clean - z_clean.log() + z_spliced.log()).sum(dtype=torch.float64)
+    return total, spliced.div_(z_spliced).sub_(y.div_(z_clean))
