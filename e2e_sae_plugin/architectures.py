@@ -25,6 +25,9 @@ NAMES_EVERY_LOSS = frozenset(
     {"standard", "gated", "topk", "abstopk", "jumprelu", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"}
 )
 
+# They have no sparsity coefficient: the number of active features is set.
+FIXED_L0 = frozenset({"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"})
+
 # Their losses are means over tokens of terms that no other token enters, so the SAE may run on some of a step's tokens at a
 # time. BatchTopK and Matryoshka choose features across tokens; an auxiliary reconstruction's default weight depends on
 # the whole step's KL (gated, topk, abstopk); of a user's architecture nothing is known.

@@ -190,6 +190,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
         self.sae.cfg.metadata.objective = self.cfg.objective.to_dict()
+        self.sae.cfg.metadata.local_first = self.cfg.local_first
+        self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)
         self.sae.cfg.metadata.e2e_sae_plugin_version = __version__
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from e2e_sae_plugin.architectures import TOKEN_SEPARABLE, combine_sae_losses, inner_reconstructions
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.initialisation import estimate_activation_scaling, initialise_b_dec
 from e2e_sae_plugin.kernels import relu_sae
 from e2e_sae_plugin.metrics_log import MetricsLog
+from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import trained_tokens
@@ -67,7 +69,6 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
             save_checkpoint_fn=save_checkpoint_fn,
         )
         self.runner_cfg = cfg
-        self.objective = cfg.objective
         self.spliced_model = spliced_model
         self.metrics_log = metrics_log
         self.held_out_evaluator = held_out_evaluator
@@ -76,6 +77,12 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.grad_norm: Tensor | None = None
         self.l0 = torch.zeros(())  # of the last step
         self._generator = torch.Generator().manual_seed(cfg.seed)
+
+    @property
+    def objective(self) -> Objective:
+        """What the current step minimises: the local objective in the first `local_first` of the run's tokens."""
+        still_local = self.n_training_samples <= self.runner_cfg.local_first * self.runner_cfg.training_tokens
+        return Objective.local() if self.runner_cfg.local_first and still_local else self.runner_cfg.objective
 
     # One optimizer step.
 
@@ -159,9 +166,10 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def scaled_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
         """The step's activations `[tokens, d_in]` in fp32, normalised as the SAE trains on them."""
-        return self.activation_scaler(self._raw_sae_in(micro_batches))
+        return self.activation_scaler(self.raw_sae_in(micro_batches))
 
-    def _raw_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
+    def raw_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """The step's activations `[tokens, d_in]` as the model has them, in fp32."""
         head = self.runner_cfg.hook_head_index
         acts = torch.cat([micro.sae_in(head) for micro in micro_batches])
         return acts.to(self.sae.device, torch.get_default_dtype())  # the dtype that the host's store hands out
@@ -240,7 +248,8 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         installed host's version of it changes.
         """
         self.sae.to(self.cfg.device)
-        self._estimate_activation_scaling()
+        estimate_activation_scaling(self)
+        initialise_b_dec(self)
         with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
             while self.n_training_samples < self.cfg.total_training_samples:
                 self._log(self.maybe_reset_sparsity())
@@ -260,20 +269,6 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         if self.cfg.save_final_checkpoint:
             self.save_checkpoint(checkpoint_name=f"final_{self.n_training_samples}")
         return self.sae
-
-    def _estimate_activation_scaling(self) -> None:
-        estimate = {
-            "expected_average_only_in": self.activation_scaler.estimate_scaling_factor,
-            "covariance_whitening": self.activation_scaler.estimate_whitening,
-        }.get(self.sae.cfg.normalize_activations)
-        restored = self.activation_scaler.scaling_factor is not None or self.activation_scaler.whitening is not None
-        if estimate is None or restored:
-            return
-        estimate(
-            d_in=self.sae.cfg.d_in,
-            data_provider=(self._raw_sae_in(self.clean_micro_batches(t, hidden=False)) for t in self.data_provider),
-            n_batches_for_norm_estimate=self.cfg.n_batches_for_norm_estimate,
-        )
 
     @torch.no_grad()
     def fold_activation_scaling(self) -> None:

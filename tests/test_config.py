@@ -14,6 +14,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from e2e_sae_plugin import E2ESAERunnerConfig, Objective, paper_config
+from e2e_sae_plugin.architectures import FIXED_L0
 from e2e_sae_plugin.config import FIELDS_KEPT, FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, field_treatment
 
 HOST_FIELDS = {f.name for f in dataclasses.fields(LanguageModelSAERunnerConfig)}
@@ -109,6 +110,16 @@ def test_defaults_do_not_warn(caplog: pytest.LogCaptureFixture):
         ({"training_tokens": 31}, "training_tokens=31 is less than one step of train_batch_size_tokens=32"),
         ({"objective": {"kl": 0}}, "kl, beta and mse all 0"),
         ({"objective": "end"}, "objective 'end' is not known"),
+        ({"local_first": -0.1}, "local_first must be a share of training_tokens, at least 0 and below 1, got -0.1"),
+        ({"local_first": 1.0}, "local_first must be a share.*For local training alone use objective=Objective.local"),
+        ({"local_first": math.nan}, "local_first must be a share"),
+        ({"local_first": 0.5, "objective": Objective.local()}, "local_first=0.5 has no effect: the objective is local"),
+        ({"local_first": 0.5}, "local_first=0.5 cannot be trained with architecture 'standard' and objective.mse=0"),
+        ({"b_dec_init_method": "median"}, "b_dec_init_method must be 'zeros' or 'mean', got 'median'"),
+        (
+            {"b_dec_init_method": "mean", "from_pretrained_path": "x"},
+            "b_dec_init_method='mean' would overwrite the b_dec of from_pretrained_path",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -185,12 +196,20 @@ def through_json(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
+def test_a_local_first_part_is_accepted_where_sparsity_needs_no_other_coefficient():
+    for architecture in ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"):
+        assert runner_config(architecture, local_first=0.5).local_first == 0.5
+    assert runner_config("standard", local_first=0.5, objective=Objective(kl=1, mse=0.5)).local_first == 0.5
+
+
 @pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)
 def test_round_trip_through_json_keeps_every_field(architecture: str):
     config = runner_config(
         architecture,
         objective=Objective.e2e_downstream(0.25, kl=0.5, downstream_hooks=["blocks.2.hook_resid_pre"], auxiliary=0.125),
         max_grad_norm=None,
+        local_first=0.25 if architecture in FIXED_L0 else 0,
+        b_dec_init_method="mean",
         train_batch_size_tokens=30,
         seqpos_slice=(1, -1),
         exclude_special_tokens=[1, 2],

@@ -104,11 +104,11 @@ def test_wheel_budget_of_the_bundled_files():
     assert sum(path.stat().st_size for path in MODEL_DIRECTORY.iterdir()) < 5_000_000
 
 
-def test_demo_kinds_differ_in_nothing_but_objective_and_sparsity():
+def test_demo_kinds_differ_in_nothing_but_objective():
     configs = [demo_config(kind, None, 10_240, 0).to_dict() for kind in KINDS]
     for cfg in configs:
         cfg.pop("objective")
-        cfg["sae"].pop("l1_coefficient", None)
+        cfg.pop("local_first")
         cfg["sae"].pop("metadata")
         cfg["logger"].pop("run_name")
     assert configs[0] == configs[1] == configs[2]

@@ -147,8 +147,8 @@ def _kl_and_gradient(clean: Tensor, spliced: Tensor, y: Tensor, dim: int) -> tup
     """`sum y (log y - log y_hat)` of logits in at least fp32, and its gradient for the spliced logits, `y_hat - y`.
 
     With logits a and b less their maxima, `KL = sum exp(a) (a - b) / Z_a - log Z_a + log Z_b`. Everything happens in the
-    memory of the two logits and of `y`, a third tensor to write to: these are the largest of a step. Fewer passes over them than
-    two `log_softmax` take, which torch also computes slowly along the first dimension.
+    memory of the two logits and of `y`, a third tensor to write to: these are the largest of a step. Two `log_softmax`
+    take more passes over them, and torch is slow at it along the first dimension.
     """
     clean.sub_(clean.amax(dim, keepdim=True))
     z_clean = torch.exp(clean, out=y).sum(dim, keepdim=True)
