@@ -32,7 +32,7 @@ D, V, N = 6, 11, 200
 
 def standard_sae(**settings: Any) -> Any:
     """Trained a little, so to say: biases and row lengths that matter, one dead feature, one zero decoder row."""
-    sae = training_sae(runner_config("standard", settings))
+    sae: Any = training_sae(runner_config("standard", settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -208,10 +208,11 @@ def test_chunks_are_whole_multiples_of_64_tokens_where_that_many_fit(monkeypatch
     ],
 )
 def test_the_linear_head_is_used_where_it_gives_the_models_logits(settings: dict[str, Any], linear: bool):
-    model = splice_into(tiny_hooked_transformer(**settings), "blocks.1.hook_resid_pre")
+    transformer = tiny_hooked_transformer(**settings)
+    model = splice_into(transformer, "blocks.1.hook_resid_pre")
     model.check()
     assert isinstance(model.unembed, LinearHead) == linear
-    hidden = torch.randn(5, model.model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(5, transformer.cfg.d_model, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.unembed(hidden), model.logits(hidden))
 
 
@@ -227,9 +228,13 @@ def test_hugging_face_heads_and_bridges_have_a_linear_head_unless_their_logits_a
 
 
 def test_a_head_on_whose_logits_the_model_computes_further_is_left_to_the_model():
-    model = proxy(tiny_gpt2_model())
+    def quartered(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output / 4
+
+    transformer = tiny_gpt2_model()
+    model = proxy(transformer)
     splice_into(model, "transformer.h.1", needs_downstream=False).check()
-    model.model.lm_head.register_forward_hook(lambda _, args, output: output / 4)  # noqa: ARG005
+    transformer.lm_head.register_forward_hook(quartered)
     spliced = splice_into(model, "transformer.h.1", needs_downstream=False)
     spliced.check()
     assert not isinstance(spliced.unembed, LinearHead)

@@ -80,6 +80,15 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
     assert max(float(value.abs().max()) for value in expected.values()) > 1e-6
 
 
+def assert_step_equals_naive_code(trainer: E2ESAETrainer, tokens: Tensor, naive: Naive, sae: TrainingSAE[Any]) -> None:
+    """Loss and every gradient of one step, against `naive` run on `sae`, a copy of the trainer's."""
+    loss = naive.loss(sae)
+    expected = naive.gradients(sae, loss)
+    found, output = step_gradients(trainer, tokens)
+    torch.testing.assert_close(output.loss, loss.detach(), rtol=1e-5, atol=1e-5)
+    assert_same_gradients(found, expected)
+
+
 # The local objective is SAELens's own.
 
 
@@ -231,11 +240,7 @@ def test_step_equals_naive_code_for_every_architecture(architecture: str):
     mark_dead(trainer)
     tokens = token_batch(4, seed=3)
     naive, sae = Naive(trainer, model, tokens, whole_mask(tokens)), copy.deepcopy(trainer.sae)
-    loss = naive.loss(sae)
-    expected = naive.gradients(sae, loss)
-    found, output = step_gradients(trainer, tokens)
-    torch.testing.assert_close(output.loss, loss.detach(), rtol=1e-5, atol=1e-5)
-    assert_same_gradients(found, expected)
+    assert_step_equals_naive_code(trainer, tokens, naive, sae)
 
 
 @pytest.mark.parametrize(("architecture", "normalisation"), [c for c in TRAINABLE if c[1] != "none"])
@@ -279,11 +284,7 @@ def test_step_equals_naive_code_with_excluded_tokens_and_positions(hook_name: st
     trainer = build_trainer(config, model, excluded_tokens=EXCLUDED)
     tokens, mask = masked_tokens()
     naive, sae = Naive(trainer, model, tokens, mask), copy.deepcopy(trainer.sae)
-    loss = naive.loss(sae)
-    expected = naive.gradients(sae, loss)
-    found, output = step_gradients(trainer, tokens)
-    torch.testing.assert_close(output.loss, loss.detach(), rtol=1e-5, atol=1e-5)
-    assert_same_gradients(found, expected)
+    assert_step_equals_naive_code(trainer, tokens, naive, sae)
 
 
 def test_explicit_downstream_hooks_keep_the_divisor_of_the_default():
@@ -511,11 +512,7 @@ def test_training_on_one_head_splices_that_head_alone(head: int):
     trainer = build_trainer(config, model)
     tokens = token_batch(4, seed=3)
     naive, sae = Naive(trainer, model, tokens, whole_mask(tokens), head=head), copy.deepcopy(trainer.sae)
-    loss = naive.loss(sae)
-    expected = naive.gradients(sae, loss)
-    found, output = step_gradients(trainer, tokens)
-    torch.testing.assert_close(output.loss, loss.detach(), rtol=1e-5, atol=1e-5)
-    assert_same_gradients(found, expected)
+    assert_step_equals_naive_code(trainer, tokens, naive, sae)
 
 
 # What is counted.

@@ -41,8 +41,8 @@ class DemoKind:
 # Same data, tokens, steps, learning rate and dictionary for each; k fixes the L0 (docs/demo.md).
 KINDS = (
     DemoKind("local", Objective.local(), 0),
-    DemoKind("e2e", Objective.e2e(), 0.5),
-    DemoKind("e2e+ds", Objective.e2e_downstream(beta=1e-4), 0.5),
+    DemoKind("e2e", Objective.e2e(), 0.6),
+    DemoKind("e2e+ds", Objective.e2e_downstream(beta=1e-4), 0.6),
 )
 
 
@@ -85,6 +85,7 @@ def quiet_host() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The training dataset contains fewer samples")
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+            warnings.filterwarnings("ignore", message="\nThis SAE has non-empty model_from_pretrained_kwargs")
             yield
     finally:
         host_logger.setLevel(level)
@@ -103,7 +104,8 @@ def train_kind(
 
 def evaluate_folder(folder: Path, model: HookedTransformer, tokens: Tensor) -> SpliceMetrics:
     """Measure an SAE as anybody would load it: `sae_lens.SAE.load_from_disk`."""
-    sae = SAE.load_from_disk(str(folder))
+    with quiet_host():
+        sae = SAE.load_from_disk(str(folder))
     spliced = splice_into(model, HOOK_NAME)
     spliced.check()
     return measure(reconstruct_with(sae), spliced, tokens, batch_size_prompts=16)
@@ -139,12 +141,13 @@ def run_demo(output: Path, training_tokens: int = 1_000_000, seed: int = 0) -> s
     )
     print(
         f"Language model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, trained on Python source. "
-        f"SAEs: 128 x 1024 on {HOOK_NAME}, {training_tokens:,} tokens each.",
+        f"SAEs: TopK, 128 x 1024 on {HOOK_NAME}, {training_tokens:,} tokens each.",
         flush=True,
     )
     rows: list[tuple[str, SpliceMetrics]] = []
     for kind in KINDS:
-        print(f"\n{kind.name}: {kind.objective}", flush=True)
+        first = f", the first {kind.local_first:.0%} of its tokens local" if kind.local_first else ""
+        print(f"\n{kind.name}: {kind.objective}{first}", flush=True)
         folder = train_kind(kind, model, dataset, output, training_tokens, seed)
         rows.append((kind.name, evaluate_folder(folder, model, held_out)))
     clean = rows[0][1]
