@@ -14,7 +14,8 @@ from typing import Any, Literal
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
-from e2e_sae_plugin.architectures import FIXED_L0, check_dtype, check_normalisation
+from e2e_sae_plugin.architectures import check_dtype, check_normalisation
+from e2e_sae_plugin.config_checks import check_start, check_values
 from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -96,11 +97,12 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     b_dec_init_method: Literal["zeros", "mean"] = "zeros"
 
     def __post_init__(self) -> None:
+        check_values(self)
         self._check_fields()
         super().__post_init__()
         check_normalisation(self.sae.architecture(), self.sae.normalize_activations)
         check_dtype(self.sae.architecture(), self.sae.dtype, self.autocast)
-        self._check_start()
+        check_start(self)
         self._check_batch()
 
     def _check_fields(self) -> None:
@@ -131,31 +133,6 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         for name in ("training_tokens", "train_batch_size_tokens", "store_batch_size_prompts", "context_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-
-    def _check_start(self) -> None:
-        if self.b_dec_init_method not in ("zeros", "mean"):
-            raise ValueError(f"b_dec_init_method must be 'zeros' or 'mean', got {self.b_dec_init_method!r}.")
-        if self.b_dec_init_method == "mean" and self.from_pretrained_path is not None:
-            raise ValueError(
-                "b_dec_init_method='mean' would overwrite the b_dec of from_pretrained_path. Leave it at 'zeros'."
-            )
-        if not (isinstance(self.local_first, float | int) and 0 <= self.local_first < 1):
-            raise ValueError(
-                f"local_first must be a share of training_tokens, at least 0 and below 1, got {self.local_first!r}. "
-                "For local training alone use objective=Objective.local()."
-            )
-        if self.local_first == 0:
-            return
-        if not self.objective.needs_spliced_pass:
-            raise ValueError(
-                f"local_first={self.local_first} has no effect: the objective is local throughout. Leave it at 0."
-            )
-        if self.sae.architecture() not in FIXED_L0 and self.objective.mse == 0:
-            raise ValueError(
-                f"local_first={self.local_first} cannot be trained with architecture {self.sae.architecture()!r} and "
-                "objective.mse=0: the sparsity coefficient that suits the local part would be far too large or small for "
-                f"the KL. Use one of {sorted(FIXED_L0)}, set objective.mse, or leave local_first at 0."
-            )
 
     def _check_batch(self) -> None:
         per_sequence, batch = self.training_context_size, self.train_batch_size_tokens

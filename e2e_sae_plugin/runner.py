@@ -28,7 +28,7 @@ from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 from e2e_sae_plugin.summary import summarise
-from e2e_sae_plugin.token_stream import TokenStream
+from e2e_sae_plugin.token_stream import TokenStream, check_evaluation_tokens
 from e2e_sae_plugin.trainer import E2ESAETrainer
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,10 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             n_held_out=0 if override_evaluation_tokens is not None else self._n_held_out_prompts(),
             vocabulary=self.spliced_model.vocabulary,
         )
-        held_out = self.tokens.held_out if override_evaluation_tokens is None else override_evaluation_tokens
+        held_out = self.tokens.held_out
+        if override_evaluation_tokens is not None:
+            held_out = override_evaluation_tokens
+            check_evaluation_tokens(held_out, cfg.context_size, self.spliced_model.vocabulary)
         self.evaluation_tokens = held_out if cfg.n_eval_batches > 0 else None
 
     def run(self) -> TrainingSAE[Any]:
@@ -131,7 +134,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.cfg.objective.downstream_hooks or not self.spliced_model.position.default_downstream:
             return self.spliced_model
         model = splice_into(self.model, self.cfg.hook_name)
-        model.vocabulary = self.spliced_model.vocabulary
+        model.vocabulary, model.unembed = self.spliced_model.vocabulary, self.spliced_model.unembed
         return model
 
     def _build_trainer(self) -> E2ESAETrainer:

@@ -93,3 +93,26 @@ class TokenStream:
 
 class _EpochEnded(Exception):
     pass
+
+
+def check_evaluation_tokens(tokens: object, context_size: int, vocabulary: int) -> None:
+    """Refuse, before the first step, tokens that an evaluation could not run on.
+
+    Raises:
+        ValueError: not integers `[n_prompts, context_size]`, no prompt, or ids that the model does not know.
+    """
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(
+            "override_evaluation_tokens must be a tensor of integer token ids, got "
+            + (f"one of {tokens.dtype}." if isinstance(tokens, Tensor) else f"{type(tokens).__name__}.")
+        )
+    if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] != context_size:
+        raise ValueError(
+            f"override_evaluation_tokens must be [n_prompts, context_size] with context_size={context_size} and at least "
+            f"one prompt, got shape {tuple(tokens.shape)}."
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise ValueError(
+            f"override_evaluation_tokens holds token ids {int(tokens.min())} to {int(tokens.max())}, but the model knows "
+            f"ids 0 to {vocabulary - 1}. Was it made with another tokenizer?"
+        )

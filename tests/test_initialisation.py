@@ -79,3 +79,48 @@ def test_a_run_without_a_local_part_never_trains_locally():
     assert trainer.objective == Objective.e2e()
     trainer.step(next(trainer.data_provider))
     assert trainer.objective == Objective.e2e()
+
+
+# What is counted when.
+
+
+def test_a_step_that_fails_is_not_counted_so_that_a_resumed_run_does_it_again(monkeypatch: pytest.MonkeyPatch):
+    trainer = trainer_on_data("topk")
+    trainer.step(next(trainer.data_provider))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.spliced_model, "spliced_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(next(trainer.data_provider))
+    assert trainer.n_training_samples == 32
+    assert trainer.n_frac_active_samples == 32
+
+
+def test_a_checkpoint_holds_as_many_steps_as_it_holds_tokens(monkeypatch: pytest.MonkeyPatch):
+    trainer = trainer_on_data("topk", n_checkpoints=2, training_tokens=320, save_final_checkpoint=False)
+    counts: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        trainer,
+        "save_checkpoint",
+        lambda **_: counts.append((trainer.n_training_steps, trainer.n_training_samples)),
+    )
+    trainer.fit()
+    assert len(counts) == 2
+    assert all(samples == 32 * steps for steps, samples in counts)
+
+
+def test_sampled_matryoshka_levels_follow_from_the_step_alone():
+    """So that a resumed run draws what the run would have drawn."""
+    levels = {}
+    for first in (0, 3):  # the second run starts at step 3
+        objective = Objective(kl=1, matryoshka_levels="sampled")
+        trainer = trainer_on_data("matryoshka_batchtopk", objective=objective)
+        for step in range(first, 12):
+            trainer.n_training_steps = step
+            output = trainer.step(token_batch(4, seed=step))
+            drawn = [name for name in output.losses if name.startswith("kl_loss_")]
+            assert levels.setdefault(step, drawn) == drawn
+            assert len(drawn) == 1
+    assert len({names[0] for names in levels.values()}) > 1

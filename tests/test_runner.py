@@ -617,3 +617,21 @@ def test_compile_sae_trains_to_the_same_weights():
     eager = build_runner(runner_config(training_tokens=96)).run()
     compiled = build_runner(runner_config(training_tokens=96, compile_sae=True)).run()
     torch.testing.assert_close(compiled.W_dec, eager.W_dec, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        (torch.full((4, 8), 9999), "holds token ids 9999 to 9999, but the model knows ids 0 to 63"),
+        (torch.full((4, 8), -1), "holds token ids -1 to -1"),
+        (torch.ones(0, 8, dtype=torch.long), r"at least one prompt, got shape \(0, 8\)"),
+        (torch.ones(4, 6, dtype=torch.long), r"with context_size=8.*got shape \(4, 6\)"),
+        (torch.ones(4, 8), "must be a tensor of integer token ids, got one of torch.float32"),
+    ],
+)
+def test_evaluation_tokens_that_cannot_be_evaluated_are_refused_before_the_first_step(tokens: Any, match: str):
+    with pytest.raises(ValueError, match="override_evaluation_tokens.*" + match):
+        E2ESAETrainingRunner(
+            runner_config(n_eval_batches=1), override_dataset=token_dataset(),
+            override_model=tiny_hooked_transformer(), override_evaluation_tokens=tokens,
+        )  # fmt: skip

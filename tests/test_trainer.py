@@ -229,12 +229,15 @@ def whole_mask(tokens: Tensor) -> Tensor:
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
-MIXED = Objective(kl=0.7, beta=0.02, mse=0.003, auxiliary=0.005)
+def mixed(architecture: str) -> Objective:
+    """Every term that the architecture has, at weights of its own."""
+    has_auxiliary = architecture not in ("standard", "jumprelu", "matching_pursuit")
+    return Objective(kl=0.7, beta=0.02, mse=0.003, auxiliary=0.005 if has_auxiliary else None)
 
 
 @pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)
 def test_step_equals_naive_code_for_every_architecture(architecture: str):
-    config = runner_config(architecture, objective=MIXED, max_grad_norm=None)
+    config = runner_config(architecture, objective=mixed(architecture), max_grad_norm=None)
     model = tiny_hooked_transformer()
     trainer = build_trainer(config, model)
     mark_dead(trainer)
@@ -245,7 +248,9 @@ def test_step_equals_naive_code_for_every_architecture(architecture: str):
 
 @pytest.mark.parametrize(("architecture", "normalisation"), [c for c in TRAINABLE if c[1] != "none"])
 def test_kl_and_downstream_see_the_output_without_the_normalisation(architecture: str, normalisation: str):
-    config = runner_config(architecture, {"normalize_activations": normalisation}, objective=MIXED, max_grad_norm=None)
+    config = runner_config(
+        architecture, {"normalize_activations": normalisation}, objective=mixed(architecture), max_grad_norm=None
+    )
     model = tiny_hooked_transformer()
     trainer = build_trainer(config, model)
     set_scaler(trainer, normalisation, clean_activations(model, token_batch(8, seed=9)))
@@ -278,7 +283,12 @@ def masked_tokens(seed: int = 3) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("architecture", ["standard", "batchtopk"])
 def test_step_equals_naive_code_with_excluded_tokens_and_positions(hook_name: str, architecture: str):
     config = runner_config(
-        architecture, hook_name=hook_name, objective=MIXED, max_grad_norm=None, store_batch_size_prompts=2, **MASKED
+        architecture,
+        hook_name=hook_name,
+        objective=mixed(architecture),
+        max_grad_norm=None,
+        store_batch_size_prompts=2,
+        **MASKED,
     )
     model = tiny_hooked_transformer()
     trainer = build_trainer(config, model, excluded_tokens=EXCLUDED)
@@ -311,7 +321,7 @@ def test_explicit_downstream_hooks_keep_the_divisor_of_the_default():
 
 
 def test_reported_losses_are_unweighted_and_the_total_is_their_weighted_sum():
-    trainer = build_trainer(runner_config("topk", objective=MIXED))
+    trainer = build_trainer(runner_config("topk", objective=mixed("topk")))
     mark_dead(trainer)
     output = trainer.step(token_batch(4))
     values: dict[str, Any] = output.losses
@@ -505,7 +515,7 @@ def test_sampled_matryoshka_level_is_an_unbiased_estimate_of_all_levels():
 @pytest.mark.parametrize("head", range(N_HEADS))
 def test_training_on_one_head_splices_that_head_alone(head: int):
     config = runner_config(
-        sae={"d_in": D_HEAD}, hook_name="blocks.1.attn.hook_z", hook_head_index=head, objective=MIXED,
+        sae={"d_in": D_HEAD}, hook_name="blocks.1.attn.hook_z", hook_head_index=head, objective=mixed("standard"),
         max_grad_norm=None, store_batch_size_prompts=2,
     )  # fmt: skip
     model = tiny_hooked_transformer()

@@ -1,0 +1,107 @@
+"""Values of a config that cannot train, or would have no effect: refused before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from e2e_sae_plugin.architectures import FIXED_L0, NAMES_EVERY_LOSS
+
+if TYPE_CHECKING:
+    from e2e_sae_plugin.config import E2ESAERunnerConfig
+
+# SAELens's architectures with a reconstruction-like extra.
+_WITH_AUXILIARY = frozenset({"gated", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"})
+
+# The least value of whole-number fields for which zero or less means nothing.
+_AT_LEAST_ONE = (
+    "eval_batch_size_prompts",
+    "feature_sampling_window",
+    "dead_feature_window",
+    "n_batches_for_norm_estimate",
+)
+
+
+def check_values(cfg: E2ESAERunnerConfig) -> None:
+    """Types and ranges of numbers and switches in the config, its SAE's and its logger's.
+
+    Raises:
+        ValueError: names the field, what it got and what it expected.
+    """
+    for where, part in (("", cfg), ("sae.", cfg.sae), ("logger.", cfg.logger)):
+        for field in fields(part):
+            _check_type(where + field.name, getattr(part, field.name), field.type)
+    if not (math.isfinite(cfg.lr) and cfg.lr > 0):
+        raise ValueError(f"lr must be a positive finite number, got {cfg.lr!r}.")
+    for name in _AT_LEAST_ONE:
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    for name in ("wandb_log_frequency", "eval_every_n_wandb_logs"):
+        if (value := getattr(cfg.logger, name)) < 1:
+            raise ValueError(f"logger.{name} must be at least 1 (it is a number of steps), got {value!r}.")
+    _check_sae(cfg)
+
+
+def _check_type(name: str, value: Any, wanted: Any) -> None:
+    kinds = {bool: (bool, "True or False"), int: (int, "a whole number"), float: ((int, float), "a number")}
+    if wanted not in kinds:
+        return
+    accepted, expected = kinds[wanted]
+    if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
+        raise ValueError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
+
+
+def _check_sae(cfg: E2ESAERunnerConfig) -> None:
+    sae: Any = cfg.sae
+    for field in fields(sae):
+        value = getattr(sae, field.name)
+        if field.name.endswith("coefficient") and isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ValueError(f"sae.{field.name} must be a finite number, 0 or more, got {value!r}.")
+    k = getattr(sae, "k", None)
+    if isinstance(k, int | float) and not 0 < k <= sae.d_sae:
+        raise ValueError(f"sae.k (active features per token) must be above 0 and at most d_sae={sae.d_sae}, got {k!r}.")
+
+
+def check_start(cfg: E2ESAERunnerConfig) -> None:
+    """How a run starts, and what of the objective has no effect on its architecture.
+
+    Raises:
+        ValueError: names the field, what it got, what it expected and what to do.
+    """
+    architecture = cfg.sae.architecture()
+    if architecture in NAMES_EVERY_LOSS:  # of a user's own architecture nothing is known
+        if cfg.objective.auxiliary is not None and architecture not in _WITH_AUXILIARY:
+            raise ValueError(
+                f"objective.auxiliary={cfg.objective.auxiliary!r} has no effect: architecture {architecture!r} has no "
+                f"auxiliary reconstruction ({sorted(_WITH_AUXILIARY)} have). Leave it at None."
+            )
+        if cfg.objective.matryoshka_levels != "all" and architecture != "matryoshka_batchtopk":
+            raise ValueError(
+                f"objective.matryoshka_levels={cfg.objective.matryoshka_levels!r} has no effect: architecture "
+                f"{architecture!r} has no inner levels. Leave it at 'all'."
+            )
+    if cfg.b_dec_init_method not in ("zeros", "mean"):
+        raise ValueError(f"b_dec_init_method must be 'zeros' or 'mean', got {cfg.b_dec_init_method!r}.")
+    if cfg.b_dec_init_method == "mean" and cfg.from_pretrained_path is not None:
+        raise ValueError(
+            "b_dec_init_method='mean' would overwrite the b_dec of from_pretrained_path. Leave it at 'zeros'."
+        )
+    if not 0 <= cfg.local_first < 1:
+        raise ValueError(
+            f"local_first must be a share of training_tokens, at least 0 and below 1, got {cfg.local_first!r}. "
+            "For local training alone use objective=Objective.local()."
+        )
+    if cfg.local_first == 0:
+        return
+    if not cfg.objective.needs_spliced_pass:
+        raise ValueError(
+            f"local_first={cfg.local_first} has no effect: the objective is local throughout. Leave it at 0."
+        )
+    if architecture not in FIXED_L0 and cfg.objective.mse == 0:
+        raise ValueError(
+            f"local_first={cfg.local_first} cannot be trained with architecture {architecture!r} and objective.mse=0: the "
+            "sparsity coefficient that suits the local part would be far too large or small for the KL. Use one of "
+            f"{sorted(FIXED_L0)}, set objective.mse, or leave local_first at 0."
+        )
