@@ -103,6 +103,9 @@ def test_relu_sae_is_left_to_the_host_where_it_is_another_computation():
     hooked = standard_sae()
     hooked.hook_sae_acts_post.add_hook(lambda acts, hook: acts)  # noqa: ARG005
     assert not relu_sae.can_train(hooked)
+    compiled = standard_sae()
+    compiled.training_forward_pass = torch.compile(compiled.training_forward_pass)  # as the host's compile_sae does
+    assert not relu_sae.can_train(compiled)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not relu_sae.can_train(standard_sae())
 

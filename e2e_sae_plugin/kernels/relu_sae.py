@@ -19,6 +19,7 @@ def can_train(sae: Any) -> bool:
     """Whether `training_forward_pass` below stands for `sae`'s own: the host's class, ReLU, L1, no hooks, no autocast."""
     return (
         type(sae) is StandardTrainingSAE
+        and "training_forward_pass" not in vars(sae)  # `compile_sae` puts the compiled one there
         and sae.cfg.lp_norm == 1
         and isinstance(sae.activation_fn, torch.nn.ReLU)
         and not torch.is_autocast_enabled(sae.W_enc.device.type)
