@@ -28,10 +28,13 @@ NAMES_EVERY_LOSS = frozenset(
 # They have no sparsity coefficient: the number of active features is set.
 FIXED_L0 = frozenset({"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"})
 
+# They have a reconstruction-like extra.
+WITH_AUXILIARY = frozenset({"gated", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"})
+
 # Their losses are means over tokens of terms that no other token enters, so the SAE may run on some of a step's tokens at a
-# time. BatchTopK and Matryoshka choose features across tokens; an auxiliary reconstruction's default weight depends on
-# the whole step's KL (gated, topk, abstopk); of a user's architecture nothing is known.
-TOKEN_SEPARABLE = frozenset({"standard", "jumprelu", "matching_pursuit"})
+# time. The default weight of an auxiliary reconstruction depends on the whole step's KL (and BatchTopK and Matryoshka
+# choose features across tokens); of a user's architecture nothing is known.
+TOKEN_SEPARABLE = NAMES_EVERY_LOSS - WITH_AUXILIARY
 
 _RUN_TIME_NORMALISATIONS = frozenset({"layer_norm", "constant_norm_rescale"})
 # The host raises for these once a feature is dead (TopK's auxiliary loss, in topk_sae.py) or, with Matryoshka, at the

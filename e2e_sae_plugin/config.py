@@ -101,7 +101,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         self._check_fields()
         super().__post_init__()
         check_normalisation(self.sae.architecture(), self.sae.normalize_activations)
-        check_dtype(self.sae.architecture(), self.sae.dtype, self.autocast)
+        check_dtype(self.sae.architecture(), self.sae.dtype, bool(self.autocast))
         check_start(self)
         self._check_batch()
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from e2e_sae_plugin.architectures import FIXED_L0, NAMES_EVERY_LOSS
+from e2e_sae_plugin.architectures import FIXED_L0, NAMES_EVERY_LOSS, WITH_AUXILIARY
 
 if TYPE_CHECKING:
     from e2e_sae_plugin.config import E2ESAERunnerConfig
 
-# SAELens's architectures with a reconstruction-like extra.
-_WITH_AUXILIARY = frozenset({"gated", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"})
-
-# The least value of whole-number fields for which zero or less means nothing.
-_AT_LEAST_ONE = (
-    "eval_batch_size_prompts",
-    "feature_sampling_window",
-    "dead_feature_window",
-    "n_batches_for_norm_estimate",
-)
+# Whole-number fields for which zero or less means nothing.
+_AT_LEAST_ONE = ("eval_batch_size_prompts", "feature_sampling_window", "dead_feature_window")
+_ESTIMATED = ("expected_average_only_in", "covariance_whitening")
 
 
 def check_values(cfg: E2ESAERunnerConfig) -> None:
@@ -34,7 +28,8 @@ def check_values(cfg: E2ESAERunnerConfig) -> None:
             _check_type(where + field.name, getattr(part, field.name), field.type)
     if not (math.isfinite(cfg.lr) and cfg.lr > 0):
         raise ValueError(f"lr must be a positive finite number, got {cfg.lr!r}.")
-    for name in _AT_LEAST_ONE:
+    estimates = cfg.b_dec_init_method == "mean" or cfg.sae.normalize_activations in _ESTIMATED
+    for name in (*_AT_LEAST_ONE, *(("n_batches_for_norm_estimate",) if estimates else ())):
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
@@ -45,11 +40,14 @@ def check_values(cfg: E2ESAERunnerConfig) -> None:
 
 
 def _check_type(name: str, value: Any, wanted: Any) -> None:
-    kinds = {bool: (bool, "True or False"), int: (int, "a whole number"), float: ((int, float), "a number")}
-    if wanted not in kinds:
-        return
-    accepted, expected = kinds[wanted]
-    if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
+    """As lenient as Python is for the host: numpy's numbers, 0 and 1 as switches, 1e6 tokens."""
+    fits = {
+        bool: isinstance(value, numbers.Integral) and value in (0, 1),
+        int: isinstance(value, numbers.Real) and (float(value).is_integer()),
+        float: isinstance(value, numbers.Real),
+    }
+    if not fits.get(wanted, True):
+        expected = {bool: "True or False", int: "a whole number", float: "a number"}[wanted]
         raise ValueError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
 
 
@@ -72,10 +70,10 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
     """
     architecture = cfg.sae.architecture()
     if architecture in NAMES_EVERY_LOSS:  # of a user's own architecture nothing is known
-        if cfg.objective.auxiliary is not None and architecture not in _WITH_AUXILIARY:
+        if cfg.objective.auxiliary is not None and architecture not in WITH_AUXILIARY:
             raise ValueError(
                 f"objective.auxiliary={cfg.objective.auxiliary!r} has no effect: architecture {architecture!r} has no "
-                f"auxiliary reconstruction ({sorted(_WITH_AUXILIARY)} have). Leave it at None."
+                f"auxiliary reconstruction ({sorted(WITH_AUXILIARY)} have). Leave it at None."
             )
         if cfg.objective.matryoshka_levels != "all" and architecture != "matryoshka_batchtopk":
             raise ValueError(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _raw_activations(trainer: E2ESAETrainer) -> Iterator[Tensor]:
     """`[tokens, d_in]` of one batch after the other."""
     for tokens in trainer.data_provider:
-        yield trainer.raw_sae_in(trainer.clean_micro_batches(tokens, hidden=False))
+        yield trainer.raw_sae_in(trainer.clean_micro_batches(tokens))
 
 
 def estimate_activation_scaling(trainer: E2ESAETrainer) -> None:

@@ -47,12 +47,13 @@ def clean_micro_batch(
     tokens: Tensor,
     *,
     hidden: bool,
+    downstream: bool = True,
     seqpos_slice: Sequence[int | None] = (None,),
     excluded: Tensor | None = None,
 ) -> MicroBatch:
-    """The clean pass over `tokens [batch, pos]`; `hidden` and the mask as in `clean_pass` and `trained_tokens`."""
+    """The clean pass over `tokens [batch, pos]`; arguments as in `SplicedModel.clean_pass` and `trained_tokens`."""
     tokens = tokens.to(model.token_device)
-    clean = model.clean_pass(tokens, hidden=hidden)
+    clean = model.clean_pass(tokens, hidden=hidden, downstream=downstream)
     mask = trained_tokens(tokens, seqpos_slice, excluded)
     n_tokens = tokens.numel() if mask is None else int(mask.sum())
     return MicroBatch(tokens, clean, None if mask is None else mask.to(clean.activation.device), n_tokens)

@@ -133,7 +133,9 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
             share: their trained tokens as a share of the step's, by which means over them enter the step's means.
             fired: `[d_sae]`, receives how many of the tokens each feature fired on.
         """
-        micro_batches = self.clean_micro_batches(tokens, hidden=self.objective.kl > 0)
+        micro_batches = self.clean_micro_batches(
+            tokens, hidden=self.objective.kl > 0, downstream=self.objective.beta > 0
+        )
         output = self._sae_forward(self.scaled_sae_in(micro_batches))
         with torch.no_grad():
             firing = output.feature_acts.bool()
@@ -150,7 +152,9 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         output.losses = {**spliced.named, **sae_terms}
         return output
 
-    def clean_micro_batches(self, tokens: Tensor, *, hidden: bool) -> list[MicroBatch]:
+    def clean_micro_batches(
+        self, tokens: Tensor, *, hidden: bool = False, downstream: bool = False
+    ) -> list[MicroBatch]:
         """Clean passes over `tokens [n_prompts, pos]`, at most `micro_batch_size_prompts` sequences at a time."""
         with self.model_autocast():
             return [
@@ -158,6 +162,7 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
                     self.spliced_model,
                     chunk,
                     hidden=hidden,
+                    downstream=downstream,
                     seqpos_slice=self.runner_cfg.seqpos_slice,
                     excluded=self.excluded_tokens,
                 )

@@ -121,7 +121,10 @@ def test_defaults_do_not_warn(caplog: pytest.LogCaptureFixture):
         ({"architecture": "topk", "sae": {"k": 0}}, r"sae.k \(active features per token\) must be above 0.*got 0"),
         ({"architecture": "topk", "sae": {"k": 33}}, "at most d_sae=32, got 33"),
         ({"eval_batch_size_prompts": 0}, "eval_batch_size_prompts must be at least 1, got 0"),
-        ({"n_batches_for_norm_estimate": 0}, "n_batches_for_norm_estimate must be at least 1, got 0"),
+        (
+            {"n_batches_for_norm_estimate": 0, "b_dec_init_method": "mean"},
+            "n_batches_for_norm_estimate must be at least 1, got 0",
+        ),
         (
             {"logger": LoggingConfig(log_to_wandb=False, wandb_log_frequency=0)},
             "logger.wandb_log_frequency must be at least 1",
@@ -212,6 +215,13 @@ def test_the_micro_batch_is_the_largest_divisor_within_the_bound(step: int, most
 
 def through_json(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
+
+
+def test_numbers_that_python_takes_for_the_type_are_taken():
+    numpy = pytest.importorskip("numpy")
+    config = runner_config(training_tokens=numpy.int64(320), lr=1, autocast=0, n_batches_for_norm_estimate=0)
+    assert config.training_tokens == 320
+    assert runner_config(training_tokens=3.2e2).training_tokens == 320
 
 
 def test_a_local_first_part_is_accepted_where_sparsity_needs_no_other_coefficient():

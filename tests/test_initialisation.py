@@ -30,7 +30,7 @@ def test_b_dec_starts_at_the_mean_so_that_an_sae_without_features_returns_it(nor
     estimated = normalize in ("expected_average_only_in", "covariance_whitening")
     initialise_b_dec(trainer)
     batches = [token_batch(4, seed=i + (3 if estimated else 0)) for i in range(3)]  # the scaling's estimate took three
-    sae_in = trainer.scaled_sae_in(trainer.clean_micro_batches(torch.cat(batches), hidden=False))
+    sae_in = trainer.scaled_sae_in(trainer.clean_micro_batches(torch.cat(batches)))
     with torch.no_grad():
         trainer.sae.b_enc.fill_(-1e6)  # no feature fires
         residual = sae_in - trainer.sae(sae_in)
@@ -124,3 +124,16 @@ def test_sampled_matryoshka_levels_follow_from_the_step_alone():
             assert levels.setdefault(step, drawn) == drawn
             assert len(drawn) == 1
     assert len({names[0] for names in levels.values()}) > 1
+
+
+def test_the_local_part_runs_the_model_no_further_than_the_saes_hook():
+    trainer = trainer_on_data(
+        "topk", objective=Objective.e2e_downstream(beta=0.5), local_first=0.3, training_tokens=320
+    )
+    calls: list[int] = []
+    trainer.spliced_model.model.blocks[2].register_forward_hook(lambda *_: calls.append(1))
+    trainer.step(next(trainer.data_provider))
+    assert not calls
+    trainer.n_training_samples = 160
+    trainer.step(next(trainer.data_provider))
+    assert len(calls) == 2  # clean and spliced

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from e2e_sae_plugin import E2ESAETrainer, Objective
-from e2e_sae_plugin.architectures import UNTRAINABLE_NORMALISATIONS
+from e2e_sae_plugin.architectures import UNTRAINABLE_NORMALISATIONS, WITH_AUXILIARY
 
 NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening")
 TRAINABLE = [
@@ -231,8 +231,7 @@ def whole_mask(tokens: Tensor) -> Tensor:
 
 def mixed(architecture: str) -> Objective:
     """Every term that the architecture has, at weights of its own."""
-    has_auxiliary = architecture not in ("standard", "jumprelu", "matching_pursuit")
-    return Objective(kl=0.7, beta=0.02, mse=0.003, auxiliary=0.005 if has_auxiliary else None)
+    return Objective(kl=0.7, beta=0.02, mse=0.003, auxiliary=0.005 if architecture in WITH_AUXILIARY else None)
 
 
 @pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)

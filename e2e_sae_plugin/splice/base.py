@@ -127,14 +127,17 @@ class SplicedModel(ABC):
 
     @torch.no_grad()
     @shape_checked
-    def clean_pass(self, tokens: Int[Tensor, "batch pos"], *, hidden: bool = True) -> CleanPass:
+    def clean_pass(
+        self, tokens: Int[Tensor, "batch pos"], *, hidden: bool = True, downstream: bool = True
+    ) -> CleanPass:
         """Run the clean model on `tokens [batch, pos]`.
 
         Args:
             hidden: run to the final hidden state. False stops after the last activation that is wanted.
+            downstream: keep the activations at the downstream hooks.
         """
         caught: dict[str, Tensor] = {}
-        wanted = [self.position.hook_name, *self.downstream_hooks]
+        wanted = [self.position.hook_name, *(self.downstream_hooks if downstream else ())]
         functions = {name: _catcher(caught, name, None if hidden else wanted) for name in wanted}
         context = self._prepare(tokens)
         with self._hooked(functions), self._capture_block_input() as entering:
