@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,3 +118,20 @@ def reading_dataset(cfg: E2ESAERunnerConfig, override_dataset: Any) -> Iterator[
     except StopIteration:
         which = f"dataset_path={cfg.dataset_path!r}" if override_dataset is None else "override_dataset"
         raise ValueError(f"{which} has no rows, so the dataset ran out before one batch. Use one with data.") from None
+
+
+@contextmanager
+def quiet_override_warning(active: bool) -> Iterator[None]:
+    """The host warns that an overridden model is not reproducible; ours was loaded from the config."""
+    host_logger = logging.getLogger("sae_lens")
+
+    def not_about_the_model(record: logging.LogRecord) -> bool:
+        return "passed in a model" not in record.getMessage()
+
+    if active:
+        host_logger.addFilter(not_about_the_model)
+    try:
+        yield
+    finally:
+        if active:
+            host_logger.removeFilter(not_about_the_model)

@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
-from sae_lens.training._interruption import InterruptedException
 from simple_parsing import ArgumentParser, subgroups
 
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.config import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, MODEL_CLASSES, E2ESAERunnerConfig
+from e2e_sae_plugin.faults import NonFiniteError
+from e2e_sae_plugin.interruption import RunInterrupted
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
 
@@ -33,7 +34,11 @@ e2e-sae <command> --help explains a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 for a setting that is refused)."""
+    """Run one command; returns the exit status.
+
+    0 done; 2 a setting that is refused; 1 a run that failed for a reason outside it (the disk, numbers that are not
+    finite); 130 and 143 after SIGINT and SIGTERM.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -51,7 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, InterruptedException):
+    except (OSError, NonFiniteError) as error:
+        print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except RunInterrupted as interrupted:
+        return 128 + interrupted.signal_number
+    except KeyboardInterrupt:
         return 130
     return 0
 
@@ -65,19 +75,23 @@ def parse_train_config(argv: Sequence[str]) -> E2ESAERunnerConfig:
     """The config that `e2e-sae train` runs.
 
     Raises:
-        ValueError: `--config` beside other flags, a file that is no mapping, or what the config refuses.
+        ValueError: `--config` beside other flags than --resume, a file that is no mapping, or what the config refuses.
     """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", type=Path)
+    files.add_argument("--resume")
     chosen, flags = files.parse_known_args(list(argv))
     if chosen.config is None:
+        flags += [] if chosen.resume is None else ["--resume_from_checkpoint", chosen.resume]
         return _config_from_flags(flags or ["--help"])
     if flags:
-        raise ValueError(f"--config holds every setting, so it takes no other flags; got {' '.join(flags)}.")
-    return load_config(chosen.config)
+        raise ValueError(
+            f"--config holds every setting but --resume, so it takes no other flags; got {' '.join(flags)}."
+        )
+    return load_config(chosen.config, **({} if chosen.resume is None else {"resume_from_checkpoint": chosen.resume}))
 
 
-def load_config(path: Path) -> E2ESAERunnerConfig:
+def load_config(path: Path, **overrides: Any) -> E2ESAERunnerConfig:
     """Read a YAML (or JSON) file with the fields of `E2ESAERunnerConfig`; what it leaves out takes the default.
 
     Raises:
@@ -91,7 +105,7 @@ def load_config(path: Path) -> E2ESAERunnerConfig:
         raise ValueError(f"--config: {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config: {str(path)!r} must hold a mapping of settings, got {type(content).__name__}.")
-    return E2ESAERunnerConfig.from_dict(content)
+    return E2ESAERunnerConfig.from_dict({**content, **overrides})
 
 
 def _config_from_flags(flags: Sequence[str]) -> E2ESAERunnerConfig:
@@ -108,7 +122,8 @@ def _config_from_flags(flags: Sequence[str]) -> E2ESAERunnerConfig:
     command_line_class.__doc__ = "The run."
     parser = _TrainParser(
         prog="e2e-sae train",
-        description="Train an SAE end to end. Settings come from these flags, or all of them from --config FILE (YAML).",
+        description="Train an SAE end to end. Settings come from these flags, or all of them from --config FILE (YAML). "
+        "--resume DIR (or auto) goes on from a checkpoint, with either.",
     )
     parser.add_arguments(command_line_class, dest="cfg")
     config: E2ESAERunnerConfig = parser.parse_args(list(flags)).cfg

@@ -15,7 +15,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
 from e2e_sae_plugin.architectures import check_dtype, check_normalisation
-from e2e_sae_plugin.config_checks import check_start, check_values
+from e2e_sae_plugin.config_checks import check_schedule, check_start, check_values
 from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,17 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         b_dec_init_method (str): where `b_dec` starts: "zeros" as in SAELens (default), or "mean", the mean of the
             activations (normalised as the SAE trains on them) in `n_batches_for_norm_estimate` batches. It keeps features
             from being spent on the mean, which in some models is most of an activation's norm.
+        checkpoint_every_minutes (float, optional): write a checkpoint when so many minutes have passed since the last one.
+            Default 30; None for none. Beside them come the `n_checkpoints` of SAELens, spread over the run, and one when
+            the run is interrupted or fails. All go to a folder of the run's own below `checkpoint_path`.
+        keep_checkpoints (int): how many of those by the clock are kept, the newest ones; default 2. The `n_checkpoints` of
+            SAELens all stay.
+        max_skipped_steps (int): steps in a row with a loss or gradient that is not finite, all of them skipped, after
+            which the run stops. Default 10.
+        overwrite_output (bool): replace another run that `output_path` holds. Default False: it is refused.
+
+    `resume_from_checkpoint` takes a checkpoint's folder, or "auto": the newest whole checkpoint of this run below
+    `checkpoint_path`, if there is one. The run goes on as if it had not stopped.
 
     Raises:
         ValueError: a setting cannot work or would have no effect; the message names the field, what it got, what it
@@ -95,6 +106,10 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     max_grad_norm: float | None = 1.0
     local_first: float = 0.0
     b_dec_init_method: Literal["zeros", "mean"] = "zeros"
+    checkpoint_every_minutes: float | None = 30.0
+    keep_checkpoints: int = 2
+    max_skipped_steps: int = 10
+    overwrite_output: bool = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -104,6 +119,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         check_dtype(self.sae.architecture(), self.sae.dtype, bool(self.autocast))
         check_start(self)
         self._check_batch()
+        check_schedule(self)
 
     def _check_fields(self) -> None:
         if self.model_class_name not in MODEL_CLASSES:

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from e2e_sae_plugin.config import E2ESAERunnerConfig
 
 # Whole-number fields for which zero or less means nothing.
-_AT_LEAST_ONE = ("eval_batch_size_prompts", "feature_sampling_window", "dead_feature_window")
+_AT_LEAST_ONE = (
+    "eval_batch_size_prompts", "feature_sampling_window", "dead_feature_window", "keep_checkpoints", "max_skipped_steps",
+)  # fmt: skip
+_AT_LEAST_ZERO = ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "n_eval_batches")
+_SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+_OPTIONAL = {bool | None: bool, int | None: int, float | None: float, str | None: str}
 _ESTIMATED = ("expected_average_only_in", "covariance_whitening")
 
 
@@ -33,6 +38,9 @@ def check_values(cfg: E2ESAERunnerConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    for name in _AT_LEAST_ZERO:
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"{name} must be 0 or more, got {getattr(cfg, name)!r}.")
     for name in ("wandb_log_frequency", "eval_every_n_wandb_logs"):
         if (value := getattr(cfg.logger, name)) < 1:
             raise ValueError(f"logger.{name} must be at least 1 (it is a number of steps), got {value!r}.")
@@ -41,13 +49,18 @@ def check_values(cfg: E2ESAERunnerConfig) -> None:
 
 def _check_type(name: str, value: Any, wanted: Any) -> None:
     """As lenient as Python is for the host: numpy's numbers, 0 and 1 as switches, 1e6 tokens."""
+    if wanted in _OPTIONAL:
+        if value is None:
+            return
+        wanted = _OPTIONAL[wanted]
     fits = {
         bool: isinstance(value, numbers.Integral) and value in (0, 1),
         int: isinstance(value, numbers.Real) and (float(value).is_integer()),
         float: isinstance(value, numbers.Real),
+        str: isinstance(value, str),
     }
     if not fits.get(wanted, True):
-        expected = {bool: "True or False", int: "a whole number", float: "a number"}[wanted]
+        expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[wanted]
         raise ValueError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
 
 
@@ -102,4 +115,44 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
             f"local_first={cfg.local_first} cannot be trained with architecture {architecture!r} and objective.mse=0: the "
             "sparsity coefficient that suits the local part would be far too large or small for the KL. Use one of "
             f"{sorted(FIXED_L0)}, set objective.mse, or leave local_first at 0."
+        )
+
+
+def check_schedule(cfg: E2ESAERunnerConfig) -> None:
+    """Learning-rate schedule and checkpoints against the length of the run and the folders there are.
+
+    Raises:
+        ValueError: names the field, what it got, what it expected and what to do.
+    """
+    if cfg.lr_scheduler_name not in _SCHEDULES:
+        raise ValueError(f"lr_scheduler_name must be one of {list(_SCHEDULES)}, got {cfg.lr_scheduler_name!r}.")
+    n_steps, ramps = cfg.total_training_steps, cfg.lr_warm_up_steps + cfg.lr_decay_steps
+    if ramps > n_steps or (ramps == n_steps and cfg.lr_scheduler_name != "constant"):
+        raise ValueError(
+            f"lr_warm_up_steps={cfg.lr_warm_up_steps} and lr_decay_steps={cfg.lr_decay_steps} do not fit into the run, "
+            f"which has {n_steps} steps (training_tokens / train_batch_size_tokens). Lower them, or train on more tokens."
+        )
+    if cfg.lr_scheduler_name == "cosineannealingwarmrestarts" and not 1 <= cfg.n_restart_cycles <= n_steps - ramps:
+        raise ValueError(
+            f"n_restart_cycles must be from 1 to the {n_steps - ramps} steps between warm-up and decay, got "
+            f"{cfg.n_restart_cycles!r}."
+        )
+    if cfg.lr_decay_steps > 0 and cfg.lr_end == 0 and cfg.lr_scheduler_name != "constant":
+        raise ValueError(
+            f"lr_decay_steps={cfg.lr_decay_steps} has nothing to decay from: lr_end is 0. Leave one of them out."
+        )
+    every = cfg.checkpoint_every_minutes
+    if every is not None and not every > 0:
+        raise ValueError(f"checkpoint_every_minutes must be above 0, or None for none, got {every!r}.")
+    if cfg.checkpoint_path is not None:
+        return
+    defaults = {field.name: field.default for field in fields(cfg)}
+    for name in ("n_checkpoints", "checkpoint_every_minutes", "keep_checkpoints", "save_final_checkpoint"):
+        if getattr(cfg, name) not in (defaults[name], None) and not cfg.logger.log_to_wandb:
+            raise ValueError(
+                f"{name}={getattr(cfg, name)!r} has no effect without a checkpoint_path. Set one, or leave it out."
+            )
+    if cfg.resume_from_checkpoint == "auto":
+        raise ValueError(
+            "resume_from_checkpoint='auto' looks below checkpoint_path, which is None: set it, or name a folder."
         )

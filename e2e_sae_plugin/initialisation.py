@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def _raw_activations(trainer: E2ESAETrainer) -> Iterator[Tensor]:
     """`[tokens, d_in]` of one batch after the other."""
     for tokens in trainer.data_provider:
+        trainer.stop_if_asked()
         yield trainer.raw_sae_in(trainer.clean_micro_batches(tokens))
 
 

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import wandb
 from sae_lens.config import HfDataset
-from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training._interruption import interrupt_callback
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from e2e_sae_plugin._version import __version__
-from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, reading_dataset
+from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, quiet_override_warning, reading_dataset
+from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
+from e2e_sae_plugin.checkpoint.folder import recover, whole_files, write_whole
+from e2e_sae_plugin.checkpoint.resume import E2E_CFG_FILENAME, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import measure
+from e2e_sae_plugin.interruption import RunInterrupted, stop_on_signals
 from e2e_sae_plugin.metrics_log import MetricsLog
+from e2e_sae_plugin.preflight import check_device, check_folders, check_model_shape, check_wandb_login
+from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 from e2e_sae_plugin.summary import summarise
 from e2e_sae_plugin.token_stream import TokenStream, check_evaluation_tokens
-from e2e_sae_plugin.trainer import E2ESAETrainer
+from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
 logger = logging.getLogger(__name__)
-
-E2E_CFG_FILENAME = "e2e_runner_cfg.json"
 
 
 class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -42,7 +43,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     * the model is spliced and run twice per step; the trainer is `E2ESAETrainer`;
     * a held-out evaluation and `metrics.jsonl` with Weights & Biases or without, a summary at the end;
     * the objective goes into the SAE's metadata, the whole config into `e2e_runner_cfg.json` beside SAELens's files;
-    * an interrupted or failing run saves a checkpoint with weights before it ends.
+    * checkpoints from which a run goes on exactly, written by the clock too, and before an interrupted or failing run ends;
+    * what can be known to fail is refused before anything is loaded.
 
     Args:
         cfg: the run's config.
@@ -54,7 +56,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             dataset is held out for that.
 
     Raises:
-        ValueError: the config does not fit the model or the data; the message says what to change.
+        ValueError: the config does not fit the model, the data, the folders or the checkpoint to go on from; the message
+            says what to change.
     """
 
     cfg: E2ESAERunnerConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -69,7 +72,13 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     ):
         if cfg.logger.log_to_wandb:
             check_wandb_login()
+        check_device(cfg)
+        self.resumed_from = find_checkpoint(cfg)
+        self.run_folder = run_folder_of(cfg, self.resumed_from)
         sae = build_sae(cfg) if override_sae is None else override_sae
+        check_folders(cfg, sae, self.run_folder, self.resumed_from)
+        if override_model is None:
+            check_model_shape(cfg)
         own_model = load_model_for(cfg) if override_model is None else None
         with reading_dataset(cfg, override_dataset), quiet_override_warning(own_model is not None):
             super().__init__(
@@ -78,11 +87,12 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 override_model=override_model if own_model is None else own_model,
                 override_sae=sae,
             )
+            store = self._seekable_store()
         self.spliced_model = self._splice(needs_downstream=cfg.objective.beta > 0)
         check_model_and_sae(self.spliced_model, self.sae, cfg)
         self.evaluation_model = self._evaluation_model()
         self.tokens = TokenStream(
-            self.activations_store,
+            store,
             n_prompts=cfg.step_size_prompts,
             n_held_out=0 if override_evaluation_tokens is not None else self._n_held_out_prompts(),
             vocabulary=self.spliced_model.vocabulary,
@@ -102,21 +112,23 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self._set_sae_metadata()
         if self.cfg.logger.log_to_wandb:
             self._start_wandb()
-        trainer = self._build_trainer()
-        if self.cfg.resume_from_checkpoint is not None:
-            logger.info("Resuming from checkpoint: %s", self.cfg.resume_from_checkpoint)
-            trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
-            self.sae.load_weights_from_checkpoint(self.cfg.resume_from_checkpoint)
-            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
-            self.tokens.resumed()
-        self._compile_sae_if_needed()
-        sae = self.run_trainer_with_interruption_handling(trainer)
-        if self.cfg.output_path is not None:
-            self.save_final_sae(sae, self.cfg.output_path, trainer.log_feature_sparsity)
-        if self.cfg.logger.log_to_wandb:
-            wandb.finish()
-        if self.cfg.verbose:
-            tqdm.write(summarise(trainer, self.cfg))
+        with stop_on_signals() as stop_request:
+            trainer = self._build_trainer()
+            trainer.stop_request = stop_request
+            self._mark_output()
+            if self.resumed_from is not None:
+                trainer.load_trainer_state(self.resumed_from)
+                logger.info("Resumed from %s, after step %d.", self.resumed_from, trainer.n_training_steps)
+            self._compile_sae_if_needed()
+            sae = self.run_trainer_with_interruption_handling(trainer)
+            if self.cfg.output_path is not None:
+                self._save_or_keep_resumable(trainer, self.cfg.output_path)
+            if self.cfg.logger.log_to_wandb:
+                wandb.finish()
+            if self.cfg.verbose:
+                tqdm.write(summarise(trainer, self.cfg))
+        if stop_request.signal_number is not None:  # it came when the last step was done: the run is finished and saved
+            raise RunInterrupted(stop_request.signal_number, None)
         return sae
 
     # The parts, each replaceable by a subclass.
@@ -137,6 +149,16 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         model.vocabulary, model.unembed = self.spliced_model.vocabulary, self.spliced_model.unembed
         return model
 
+    def _seekable_store(self) -> SeekableActivationsStore:
+        """The host builds its store itself; this one gives the same sequences, and can go back to a place in them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the host's store has said it all already
+            store = SeekableActivationsStore.from_config(
+                self.model, self.cfg, override_dataset=self.activations_store.dataset
+            )
+        self.activations_store = self.evaluator.activations_store = store
+        return cast(SeekableActivationsStore, store)
+
     def _build_trainer(self) -> E2ESAETrainer:
         output = self.cfg.output_path
         return E2ESAETrainer(
@@ -147,11 +169,12 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             metrics_log=MetricsLog(
                 Path(output) if output is not None else None,
                 to_wandb=self.cfg.logger.log_to_wandb,
-                resume=self.cfg.resume_from_checkpoint is not None,
+                resume=self.resumed_from is not None,
             ),
             held_out_evaluator=None if self.evaluation_tokens is None else self._evaluate,
             save_checkpoint_fn=self.save_checkpoint,
             excluded_tokens=self.activations_store.exclude_special_tokens,
+            run_folder=self.run_folder,
         )
 
     def _evaluate(self, trainer: E2ESAETrainer) -> dict[str, float]:
@@ -186,6 +209,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             config=self.cfg.to_dict(),
             name=logging_cfg.run_name,
             id=logging_cfg.wandb_id,
+            resume=None if self.resumed_from is None else "allow",
         )
 
     # Saving.
@@ -194,20 +218,47 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         super()._set_sae_metadata()
         self.sae.cfg.metadata.objective = self.cfg.objective.to_dict()
         self.sae.cfg.metadata.local_first = self.cfg.local_first
-        self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)
         self.sae.cfg.metadata.e2e_sae_plugin_version = __version__
+
+    def _mark_output(self) -> None:
+        """Say at once whose folder it is, so that another run does not take it; and clear what a killed one left."""
+        if self.run_folder is not None:
+            self.run_folder.clean()
+        if self.cfg.output_path is not None:
+            folder = Path(self.cfg.output_path)
+            folder.mkdir(parents=True, exist_ok=True)
+            recover(folder)
+            write_whole(folder / E2E_CFG_FILENAME, json.dumps(self.cfg.to_dict(), indent=2) + "\n")
 
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: Tensor | None = None
     ) -> None:
-        """SAELens's files, with a `runner_cfg.json` that SAELens can read and the whole config beside it."""
-        super().save_final_sae(sae, output_path, log_feature_sparsity)
-        self._write_configs(Path(output_path))
+        """SAELens's files, with a `runner_cfg.json` that SAELens can read and the whole config beside it.
+
+        They are written aside and moved into place once they are whole and on disk, `cfg.json`, without which nothing
+        loads, last.
+
+        Raises:
+            OSError, SafetensorError: they cannot be written.
+        """
+        with whole_files(Path(output_path), last=SAE_CFG_FILENAME) as folder:
+            super().save_final_sae(sae, str(folder), log_feature_sparsity)
+            self._write_configs(folder)
+
+    def _save_or_keep_resumable(self, trainer: E2ESAETrainer, output_path: str) -> None:
+        try:
+            self.save_final_sae(trainer.sae, output_path, trainer.log_feature_sparsity)
+        except WRITE_ERRORS as error:
+            trainer.unfold()
+            checkpoint = trainer.checkpointer.at_stop(trainer)
+            where = "It is still in memory, as runner.sae." if checkpoint is None else self._how_to_resume(checkpoint)
+            raise OSError(
+                f"The finished SAE could not be saved in output_path={output_path!r}: {error}. {where}"
+            ) from error
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        """Called by the trainer once the SAE and the optimizer are in `checkpoint_path`; None for nowhere."""
-        super().save_checkpoint(checkpoint_path)
+        """Called by the trainer once all else of a checkpoint is in `checkpoint_path`; None for nowhere."""
         if checkpoint_path is not None:
             self._write_configs(checkpoint_path)
 
@@ -216,72 +267,37 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             (folder / name).write_text(json.dumps(config, indent=2) + "\n")
 
     def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
-        """Train; if that is interrupted or fails, save weights, optimizer and data position first.
+        """Train; if that is interrupted or fails, write a checkpoint first and say how to go on.
 
         The host's own version saves no weights and leaves its signal handlers installed.
+
+        Raises:
+            RunInterrupted: SIGINT or SIGTERM came.
         """
-        with interrupt_signals():
-            try:
-                return trainer.fit()
-            except BaseException as error:
-                if self.cfg.checkpoint_path is not None and trainer.n_training_steps > 0:
-                    name = str(trainer.n_training_samples)
-                    trainer.save_checkpoint(checkpoint_name=name)
-                    logger.warning(
-                        "%s at step %d. Saved a checkpoint; to go on from it, set resume_from_checkpoint=%r.",
-                        type(error).__name__,
-                        trainer.n_training_steps,
-                        str(Path(self.cfg.checkpoint_path) / name),
-                    )
-                raise
+        try:
+            return trainer.fit()
+        except Stopped:
+            number = trainer.stop_request.signal_number
+            checkpoint = self._save_at_stop(trainer, signal.Signals(number).name)
+            raise RunInterrupted(number, checkpoint) from None
+        except Exception as error:
+            self._save_at_stop(trainer, type(error).__name__)
+            raise
 
+    def _save_at_stop(self, trainer: E2ESAETrainer, why: str) -> Path | None:
+        steps = trainer.n_training_steps
+        if trainer.is_updating:  # the optimizer failed half-way: these weights are of no step
+            checkpoint, done = trainer.checkpointer.last, "Its weights are incomplete and were not saved"
+        elif steps == 0:
+            checkpoint, done = None, "Nothing was trained yet"
+        else:
+            checkpoint = trainer.checkpointer.at_stop(trainer)
+            done = "Saved a checkpoint" if checkpoint is not None else "No checkpoint could be written"
+        if checkpoint is None and steps > 0 and self.run_folder is None:
+            done = "There is no checkpoint: checkpoint_path is None"
+        how = "" if checkpoint is None else " " + self._how_to_resume(checkpoint)
+        logger.warning("%s at step %d. %s.%s", why, steps, done, how)
+        return checkpoint
 
-@contextmanager
-def interrupt_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise SAELens's `InterruptedException` inside; the handlers before are restored after.
-
-    Nothing is touched outside the main thread, where Python allows no handlers.
-    """
-    installed: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                installed[number] = signal.signal(number, interrupt_callback)
-            except ValueError:
-                break
-        yield
-    finally:
-        for number, previous in installed.items():
-            signal.signal(number, previous)
-
-
-@contextmanager
-def quiet_override_warning(active: bool) -> Iterator[None]:
-    """The host warns that an overridden model is not reproducible; ours was loaded from the config."""
-    host_logger = logging.getLogger("sae_lens")
-
-    def not_about_the_model(record: logging.LogRecord) -> bool:
-        return "passed in a model" not in record.getMessage()
-
-    if active:
-        host_logger.addFilter(not_about_the_model)
-    try:
-        yield
-    finally:
-        if active:
-            host_logger.removeFilter(not_about_the_model)
-
-
-def check_wandb_login() -> None:
-    """Refuse Weights & Biases without credentials, before anything slow happens.
-
-    Raises:
-        ValueError: no API key is known and `WANDB_MODE` is not offline or disabled.
-    """
-    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun") or wandb.run is not None:
-        return
-    if not wandb.login(prompt=False, verify=False):
-        raise ValueError(
-            "logger.log_to_wandb is True but there is no Weights & Biases login. Run `wandb login`, set WANDB_API_KEY, "
-            "set WANDB_MODE=offline, or use logger=LoggingConfig(log_to_wandb=False)."
-        )
+    def _how_to_resume(self, checkpoint: Path) -> str:
+        return f"To go on from it, set resume_from_checkpoint={str(checkpoint)!r} (on the command line: --resume)."

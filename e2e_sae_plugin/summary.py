@@ -22,6 +22,8 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
             f"explained variance {held_out['metrics/held_out_explained_variance']:.3f}"
         )
     lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {sae.d_sae:,} dead")
+    if trainer.n_skipped_steps:
+        lines.append(f"  skipped    {trainer.n_skipped_steps:,} steps, whose loss or gradient was not finite")
     if cfg.output_path is not None:
         lines.append(f"  saved in   {cfg.output_path}   (sae_lens.SAE.load_from_disk reads it)")
     return "\n".join(lines)

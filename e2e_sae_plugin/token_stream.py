@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
+from e2e_sae_plugin.seekable_store import RowPosition, SeekableActivationsStore
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Between two sequences."""
+
+    epoch: int
+    n_sequences: int
+    """Drawn in this epoch, the held-out ones included."""
+    rows: RowPosition
 
 
 class TokenStream:
     """Iterator over batches `[n_prompts, context_size]` of token ids, epoch after epoch, less a held-out head.
 
     Args:
-        store: SAELens's activation store; only its tokens are used.
+        store: the activation store; only its tokens are used.
         n_prompts: sequences in a batch.
         n_held_out: sequences at the head of the dataset that are kept for evaluation and skipped in every epoch.
         vocabulary: number of token ids that the model knows.
@@ -24,29 +38,114 @@ class TokenStream:
         ValueError: at a batch that the dataset cannot fill, or that holds ids the model does not know.
     """
 
-    def __init__(self, store: ActivationsStore, n_prompts: int, n_held_out: int, vocabulary: int):
+    def __init__(self, store: SeekableActivationsStore, n_prompts: int, n_held_out: int, vocabulary: int):
         self.store, self.n_prompts, self.vocabulary = store, n_prompts, vocabulary
         self.epoch, self._drawn_this_epoch = 0, 0
         self._n_held_out = n_held_out
+        self._last: tuple[_Place, Tensor] | None = None
+        self._again: Tensor | None = None
         self.held_out: Tensor | None = None
         if n_held_out:
             self.held_out = self._stack([self._draw(what="the held-out sequences") for _ in range(n_held_out)])
-
-    def resumed(self) -> None:
-        """The store was moved on in its epoch: how much of it was drawn is not known, but it held a batch before."""
-        self._drawn_this_epoch = max(self._drawn_this_epoch, self._n_held_out + self.n_prompts)
 
     def __iter__(self) -> TokenStream:
         return self
 
     def __next__(self) -> Tensor:
+        if self._again is not None:
+            batch, self._again = self._again, None
+            return batch
+        before = self._place()
         sequences: list[Tensor] = []
         while len(sequences) < self.n_prompts:
             try:
                 sequences.append(self._draw(what="one batch"))
             except _EpochEnded:
                 self._start_epoch()
-        return self._stack(sequences)
+        batch = self._stack(sequences)
+        self._last = before, batch
+        return batch
+
+    def _place(self) -> _Place:
+        return _Place(self.epoch, self._drawn_this_epoch, self.store.position())
+
+    def describe_last_batch(self) -> str:
+        """Where in the data the batch that was drawn last lies, for messages."""
+        if self._last is None:
+            return "before the first batch"
+        before = self._last[0]
+        return (
+            f"sequences {before.n_sequences} to {before.n_sequences + self.n_prompts - 1} of epoch {before.epoch + 1} "
+            f"(from dataset row {max(before.rows.n_rows - bool(len(before.rows.rest)), 0)} on)"
+        )
+
+    # Resuming.
+
+    def state(self, *, last_is_trained: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `resume` needs, as JSON and as tensors: the place before the last batch, and that batch's digest.
+
+        Args:
+            last_is_trained: False when the last batch was drawn but not trained on, so that it comes again.
+        """
+        place, batch = (self._place(), None) if self._last is None else self._last
+        state: dict[str, Any] = {
+            "epoch": place.epoch,
+            "n_sequences": place.n_sequences,
+            "n_rows": place.rows.n_rows,
+            "rows_state": place.rows.rows_state,
+            "n_prompts": self.n_prompts,
+            "held_out_sha256": None if self.held_out is None else _digest(self.held_out),
+            "last_batch_sha256": None if batch is None else _digest(batch),
+            "last_is_trained": last_is_trained,
+        }
+        return state, {"rest": place.rows.rest.cpu().clone()}
+
+    def resume(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on where `state` was taken. The last batch before is drawn again, and must be the same.
+
+        Raises:
+            ValueError: the data, or what is held out of it, is not what the state was taken with.
+        """
+        held_out = None if self.held_out is None else _digest(self.held_out)
+        if held_out != state["held_out_sha256"]:
+            raise ValueError(
+                "The held-out sequences at the head of the dataset are not those that the checkpoint was made with, so the "
+                "run cannot go on with the same data. Use the same dataset, tokenizer, n_eval_batches, "
+                "eval_batch_size_prompts (or store_batch_size_prompts where that is None) and evaluation tokens."
+            )
+        rows = RowPosition(state["n_rows"], tensors["rest"], state["rows_state"])
+        place = _Place(state["epoch"], state["n_sequences"], rows)
+        attempts = [place]
+        if rows.rows_state is not None:  # `datasets` forgets what was in a shuffle buffer
+            attempts.append(replace(place, rows=replace(rows, rows_state=None)))
+        for attempt in attempts:
+            if self._goes_on_from(attempt, state["last_batch_sha256"]):
+                if not state["last_is_trained"]:
+                    self._again = None if self._last is None else self._last[1]
+                return
+            if attempt is not attempts[-1]:
+                logger.warning(
+                    "The streamed dataset cannot jump to its place (a shuffle buffer, for one, is not part of its state); "
+                    "reading %d rows again up to there.",
+                    rows.n_rows,
+                )
+        raise ValueError(
+            f"The dataset is not the one that the checkpoint was made with: from sequence {place.n_sequences} of epoch "
+            f"{place.epoch + 1} (dataset row {rows.n_rows}) on it holds other tokens than the last batch that was trained "
+            "on. Use the same dataset, in the same order, and the same tokenizer."
+        )
+
+    def _goes_on_from(self, place: _Place, last_batch_digest: str | None) -> bool:
+        self.store.seek(place.rows)
+        self.epoch, self._drawn_this_epoch = place.epoch, place.n_sequences
+        if last_batch_digest is None:
+            return True
+        try:
+            return _digest(next(self)) == last_batch_digest
+        except (ValueError, StopIteration):
+            return False
+
+    # Drawing.
 
     def _draw(self, what: str) -> Tensor:
         try:
@@ -93,6 +192,10 @@ class TokenStream:
 
 class _EpochEnded(Exception):
     pass
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def check_evaluation_tokens(tokens: object, context_size: int, vocabulary: int) -> None:

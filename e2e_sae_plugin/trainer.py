@@ -1,44 +1,51 @@
-"""`E2ESAETrainer`: SAELens's trainer, with a step that goes from token sequences through the model and back."""
+"""`E2ESAETrainer`: the run from its first step to its last, logged, evaluated and checkpointed."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
-from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens.util import path_or_tmp_dir
 from torch import Tensor
 
-from e2e_sae_plugin.architectures import TOKEN_SEPARABLE, combine_sae_losses, inner_reconstructions
+from e2e_sae_plugin.checkpoint import state as trainer_state
+from e2e_sae_plugin.checkpoint.checkpointer import Checkpointer
+from e2e_sae_plugin.checkpoint.folder import CheckpointKind
+from e2e_sae_plugin.checkpoint.run_folder import RunFolder
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.initialisation import estimate_activation_scaling, initialise_b_dec
-from e2e_sae_plugin.kernels import relu_sae
+from e2e_sae_plugin.interruption import StopRequest
 from e2e_sae_plugin.metrics_log import MetricsLog
-from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.splice import SplicedModel
-from e2e_sae_plugin.splice.activations import trained_tokens
-from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, spliced_terms
-from e2e_sae_plugin.step_output import merge_step_outputs
+from e2e_sae_plugin.step import SplicedStepTrainer
 
 HeldOutEvaluator = Callable[["E2ESAETrainer"], dict[str, float]]
 """Measures a trainer's SAE as it stands; its metrics go to the log."""
 
 
-class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
-    """Adds to SAELens's `SAETrainer`:
+class Stopped(Exception):
+    """Raised between two steps when the run has been asked to stop."""
 
-    * `step` takes token sequences `[n_prompts, pos]`: clean pass, SAE, spliced pass, objective, one backward, one update;
-    * the gradient-norm clip is `max_grad_norm`;
-    * metrics and held-out evaluation run with Weights & Biases or without.
 
-    Micro-batches give the gradient of the one big batch. Where tokens do not touch each other (`TOKEN_SEPARABLE`) the SAE
-    goes through the micro-batches with the model; elsewhere (BatchTopK) it runs once on the whole step, as SAELens's
-    trainer runs it, and only the model's passes are chunked. What advances once per step (thresholds, dead-feature
-    counters, schedules) does not see the micro-batches.
+class E2ESAETrainer(SplicedStepTrainer):
+    """The whole run. Adds to SAELens's `SAETrainer`:
+
+    * `step` goes from token sequences through the model and back (`SplicedStepTrainer`);
+    * metrics and held-out evaluation run with Weights & Biases or without;
+    * checkpoints are whole, hold everything, and also come by the clock.
 
     Args:
         cfg: the run's config.
@@ -49,6 +56,7 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         held_out_evaluator: called at the evaluation interval and at the end; None for no evaluation.
         save_checkpoint_fn: as in SAELens.
         excluded_tokens: ids of tokens that are not trained on.
+        run_folder: where checkpoints go; None for nowhere.
     """
 
     def __init__(
@@ -61,192 +69,15 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         held_out_evaluator: HeldOutEvaluator | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
         excluded_tokens: Tensor | None = None,
+        run_folder: RunFolder | None = None,
     ):
-        super().__init__(
-            cfg=cfg.to_sae_trainer_config(),
-            sae=sae,
-            data_provider=data_provider,
-            save_checkpoint_fn=save_checkpoint_fn,
-        )
-        self.runner_cfg = cfg
-        self.spliced_model = spliced_model
-        self.metrics_log = metrics_log
+        super().__init__(cfg, sae, spliced_model, data_provider, metrics_log, save_checkpoint_fn, excluded_tokens)
         self.held_out_evaluator = held_out_evaluator
-        self.excluded_tokens = excluded_tokens
         self.last_evaluation: dict[str, float] = {}
-        self.grad_norm: Tensor | None = None
-        self.l0 = torch.zeros(())  # of the last step
-
-    @property
-    def objective(self) -> Objective:
-        """What the current step minimises: the local objective in the first `local_first` of the run's tokens."""
-        still_local = self.n_training_samples < self.runner_cfg.local_first * self.runner_cfg.training_tokens
-        return Objective.local() if self.runner_cfg.local_first and still_local else self.runner_cfg.objective
-
-    # One optimizer step.
-
-    def step(self, batch: Int[Tensor, "prompts pos"]) -> TrainStepOutput:
-        """Train on one batch of token sequences `[n_prompts, pos]`.
-
-        Returns:
-            As in SAELens: `loss` is the whole weighted objective, `losses` its terms unweighted; all detached.
-
-        Raises:
-            ValueError: every token of the batch is excluded.
-        """
-        outputs: list[TrainStepOutput] = []
-        shares: list[float] = []
-        n_tokens = self._n_trained_tokens(batch)
-        if not n_tokens:
-            raise ValueError(
-                f"Every token of the batch at step {self.n_training_steps} is excluded by exclude_special_tokens="
-                f"{self.runner_cfg.exclude_special_tokens!r}, so there is nothing to train on."
-            )
-        fired = torch.zeros_like(self.act_freq_scores)
-        for tokens in self._sae_batches(batch):
-            share = self._n_trained_tokens(tokens) / n_tokens
-            if share > 0:
-                outputs.append(self._forward_and_backward(tokens, share, fired))
-                shares.append(share)
-        self._count_firing(fired, n_tokens)
-        self._update()
-        # Last, where the host counts first: an interrupted step has not been trained on, and is done again on resume.
-        self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
-        return merge_step_outputs(outputs, shares)
-
-    def _n_trained_tokens(self, tokens: Tensor) -> int:
-        mask = trained_tokens(tokens, self.runner_cfg.seqpos_slice, self.excluded_tokens)
-        return tokens.numel() if mask is None else int(mask.sum())
-
-    def _sae_batches(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """The sequences that the SAE runs on together: a micro-batch where tokens do not touch each other, else all.
-
-        Local training has no passes to wait for, and keeps the host's order of summation.
-        """
-        separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
-        return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
-
-    def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
-        """Adds the gradient of these sequences' part of the step to the SAE's parameters.
-
-        Args:
-            share: their trained tokens as a share of the step's, by which means over them enter the step's means.
-            fired: `[d_sae]`, receives how many of the tokens each feature fired on.
-        """
-        micro_batches = self.clean_micro_batches(
-            tokens, hidden=self.objective.kl > 0, downstream=self.objective.beta > 0
-        )
-        output = self._sae_forward(self.scaled_sae_in(micro_batches))
-        with torch.no_grad():
-            firing = output.feature_acts.bool()
-            fired += (firing.to_dense() if firing.is_sparse else firing).sum(0, dtype=torch.int32)  # int64 costs double
-        reconstructions = self._reconstructions(output)
-        spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
-        sae_total, sae_terms = combine_sae_losses(output, self.sae.cfg.architecture(), self.objective, spliced.weighted)
-        # One backward through the SAE, from its own losses and from what the spliced passes ask of its output.
-        roots = [(sae_total, torch.full_like(sae_total, share))]
-        roots += [(r, g * share) for (_, _, r), g in zip(reconstructions, spliced.gradients, strict=True)]
-        roots = [(root, seed) for root, seed in roots if root.requires_grad]
-        torch.autograd.backward([root for root, _ in roots], [seed for _, seed in roots])
-        output.loss = (spliced.weighted + sae_total).detach()
-        output.losses = {**spliced.named, **sae_terms}
-        return output
-
-    def clean_micro_batches(
-        self, tokens: Tensor, *, hidden: bool = False, downstream: bool = False
-    ) -> list[MicroBatch]:
-        """Clean passes over `tokens [n_prompts, pos]`, at most `micro_batch_size_prompts` sequences at a time."""
-        with self.model_autocast():
-            return [
-                clean_micro_batch(
-                    self.spliced_model,
-                    chunk,
-                    hidden=hidden,
-                    downstream=downstream,
-                    seqpos_slice=self.runner_cfg.seqpos_slice,
-                    excluded=self.excluded_tokens,
-                )
-                for chunk in tokens.split(self.runner_cfg.micro_batch_size_prompts)
-            ]
-
-    def scaled_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """The step's activations `[tokens, d_in]` in fp32, normalised as the SAE trains on them."""
-        return self.activation_scaler(self.raw_sae_in(micro_batches))
-
-    def raw_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """The step's activations `[tokens, d_in]` as the model has them, in fp32."""
-        head = self.runner_cfg.hook_head_index
-        acts = torch.cat([micro.sae_in(head) for micro in micro_batches])
-        return acts.to(self.sae.device, torch.get_default_dtype())  # the dtype that the host's store hands out
-
-    def _sae_forward(self, sae_in: Tensor) -> TrainStepOutput:
-        """The forward half of the host's `_train_step`."""
-        self.sae.train()
-        step_input = TrainStepInput(
-            sae_in=sae_in,
-            dead_neuron_mask=self.dead_neurons,
-            coefficients=self.get_coefficients(),
-            n_training_steps=self.n_training_steps,
-            is_logging_step=self._is_logging_step(),
-        )
-        with self.autocast_if_enabled:
-            # Local training stays the host's own computation, to the bit.
-            if self.objective.needs_spliced_pass and relu_sae.can_train(self.sae):
-                return relu_sae.training_forward_pass(self.sae, step_input)  # pyright: ignore[reportArgumentType]
-            return self.sae.training_forward_pass(step_input)
-
-    @torch.no_grad()
-    def _count_firing(self, fired: Tensor, n_tokens: int) -> None:
-        """The host's sparsity statistics, once per step, over the tokens really trained on."""
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[fired > 0] = 0
-        self.act_freq_scores += fired
-        self.n_frac_active_samples += n_tokens
-        self.l0 = fired.sum() / n_tokens
-
-    def _reconstructions(self, output: TrainStepOutput) -> list[tuple[str, float, Tensor]]:
-        """(suffix, weight, reconstruction in the model's own space): the SAE's output and Matryoshka's inner levels."""
-        if not self.objective.needs_spliced_pass:
-            return []
-        named = [("", 1.0, output.sae_out)]
-        with self.autocast_if_enabled:
-            inner = [
-                (f"_{width}", 1.0, tensor) for width, tensor in inner_reconstructions(self.sae, output.feature_acts)
-            ]
-        if inner and self.objective.matryoshka_levels == "sampled":
-            # Drawn from the step's number, so that a resumed run draws what the run would have drawn.
-            generator = torch.Generator().manual_seed(self.runner_cfg.seed * 1_000_003 + self.n_training_steps)
-            suffix, _, tensor = inner[int(torch.randint(len(inner), (), generator=generator))]
-            inner = [(suffix, float(len(inner)), tensor)]
-        return [(suffix, weight, self.activation_scaler.unscale(tensor)) for suffix, weight, tensor in named + inner]
-
-    def _spliced_terms(
-        self, micro_batches: list[MicroBatch], reconstructions: list[tuple[str, float, Tensor]], like: Tensor
-    ) -> SplicedTerms:
-        if not reconstructions:
-            return SplicedTerms(weighted=like.detach().new_zeros(()))
-        with self.model_autocast():
-            return spliced_terms(
-                self.spliced_model, self.objective, micro_batches, reconstructions, self.runner_cfg.hook_head_index
-            )
-
-    def _update(self) -> None:
-        """Clip, step, and advance the schedulers, in the host's order."""
-        if self.runner_cfg.max_grad_norm is not None:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.runner_cfg.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
-
-    def model_autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision for the model's passes, where `autocast_lm` asks for it."""
-        if not self.runner_cfg.autocast_lm:
-            return contextlib.nullcontext()
-        return torch.autocast(self.spliced_model.token_device.type, dtype=torch.bfloat16)
-
-    # The whole run.
+        self.checkpointer = Checkpointer(run_folder, cfg.checkpoint_every_minutes)
+        self.stop_request = StopRequest()
+        self._batch_is_pending = False
+        self._unfolded: tuple[dict[str, Tensor], ActivationScaler, Any] | None = None
 
     def fit(self) -> TrainingSAE[Any]:
         """SAELens's `fit`, with metrics and evaluation that do not depend on Weights & Biases.
@@ -260,22 +91,42 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
             while self.n_training_samples < self.cfg.total_training_samples:
                 self._log(self.maybe_reset_sparsity())
-                output = self.step(next(self.data_provider))
-                if self._is_logging_step():
-                    self._log(self._step_metrics(output))
-                if self._is_evaluation_step():
-                    self.evaluate()
-                self.n_training_steps += 1
-                self._checkpoint_if_needed()  # after the count, or a resumed run would count one step too few
+                output = self._train_on_next_batch()
                 done = self.n_training_samples >= self.cfg.total_training_samples
                 progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=done)
+                self.checkpointer.after_step(self)
+                self.stop_if_asked()
         self._log(self.full_sparsity_window_log())
         self.evaluate()
+        self._keep_unfolded()
         self.fold_activation_scaling()
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
-            self.save_checkpoint(checkpoint_name=f"final_{self.n_training_samples}")
+            self.save_checkpoint(checkpoint_name=f"final_{self.n_training_samples}", kind="final")
         return self.sae
+
+    def _train_on_next_batch(self) -> TrainStepOutput:
+        """One step, counted, logged and evaluated."""
+        logs, evaluates = self._is_logging_step(), self._is_evaluation_step()
+        batch = next(self.data_provider)
+        self._batch_is_pending = True
+        output = self.step(batch)
+        self.n_training_steps += 1  # at once: what follows may fail, but the step is done
+        self._batch_is_pending = False
+        if logs:
+            self._log(self._step_metrics(output), self.n_training_steps - 1)
+        if evaluates:
+            self.evaluate(self.n_training_steps - 1)
+        return output
+
+    def stop_if_asked(self) -> None:
+        """Between two steps.
+
+        Raises:
+            Stopped: a signal has asked for it.
+        """
+        if self.stop_request:
+            raise Stopped
 
     @torch.no_grad()
     def fold_activation_scaling(self) -> None:
@@ -292,15 +143,82 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
             )
             self.activation_scaler.whitening = None
 
+    # Checkpoints.
+
+    def state_to_save(self) -> trainer_state.State:
+        """The run's state as a checkpoint of now should have it."""
+        return self.last_good_state or trainer_state.capture(self, last_batch_is_trained=not self._batch_is_pending)
+
+    def counts_to_save(self) -> tuple[int, int]:
+        """Steps and tokens of `state_to_save`."""
+        if self.last_good_state is not None:
+            return self.last_good_state[0]["n_training_steps"], self.last_good_state[0]["n_training_samples"]
+        return self.n_training_steps, self.n_training_samples
+
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+        kind: CheckpointKind = "milestone",
+    ) -> None:
+        """As in SAELens, but whole or not at all, and with all that a run needs to go on.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; what was there before still is.
+        """
+        run_folder = self.checkpointer.run_folder
+        if base_path is not None:
+            run_folder = RunFolder(Path(base_path), self.runner_cfg.keep_checkpoints)
+        if run_folder is None and not self.cfg.logger.log_to_wandb:
+            return
+        with path_or_tmp_dir(None if run_folder is None else run_folder.path) as path:
+            written = self.checkpointer.write(self, run_folder or RunFolder(path, 1), checkpoint_name, kind)
+            if self.cfg.logger.log_to_wandb and kind != "rolling":
+                self.cfg.logger.log(
+                    self,
+                    written / SAE_WEIGHTS_FILENAME,
+                    written / SAE_CFG_FILENAME,
+                    sparsity_path=written / SPARSITY_FILENAME,
+                    wandb_aliases=wandb_aliases,
+                )
+
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        """All but the SAE's weights, as safetensors and JSON where SAELens pickles."""
+        checkpoint_path.mkdir(exist_ok=True, parents=True)
+        trainer_state.save(self, checkpoint_path, self.state_to_save())
+        self.activation_scaler.save(str(checkpoint_path / ACTIVATION_SCALER_CFG_FILENAME))
+
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """The weights too, and the data's place.
+
+        Raises:
+            ValueError: the data is not what the checkpoint was made with.
+        """
+        self.activation_scaler.load(Path(checkpoint_path) / ACTIVATION_SCALER_CFG_FILENAME)
+        trainer_state.load(self, Path(checkpoint_path))
+
+    def _keep_unfolded(self) -> None:
+        """What folding and saving for inference overwrite; kept where a checkpoint could be needed after all."""
+        if self.checkpointer.run_folder is not None:
+            weights = {name: value.cpu().clone() for name, value in self.sae.state_dict().items()}
+            self._unfolded = weights, copy.copy(self.activation_scaler), copy.deepcopy(self.sae.cfg)
+
+    def unfold(self) -> None:
+        """Take back the end of `fit`: the final SAE could not be saved, so the run has to be able to end once more."""
+        if self._unfolded is not None:
+            weights, self.activation_scaler, self.sae.cfg = self._unfolded
+            self.sae.load_state_dict(weights)
+
     # Logging.
 
-    def evaluate(self) -> dict[str, float]:
-        """Run the held-out evaluation now and log it."""
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
+        """Run the held-out evaluation now and log it, under `step` or the number of steps done."""
         if self.held_out_evaluator is not None:
             self.sae.eval()
             self.last_evaluation = self.held_out_evaluator(self)
             self.sae.train()
-            self._log(self.last_evaluation)
+            self._log(self.last_evaluation, step)
         return self.last_evaluation
 
     def _is_logging_step(self) -> bool:
@@ -314,7 +232,9 @@ class E2ESAETrainer(SAETrainer[TrainingSAE[Any], Any]):
         metrics = self.build_train_step_log_dict(output=output, n_training_samples=self.n_training_samples)
         if self.grad_norm is not None:
             metrics["details/grad_norm"] = float(self.grad_norm)
+        if self.n_skipped_steps:
+            metrics["details/n_skipped_steps"] = self.n_skipped_steps
         return metrics
 
-    def _log(self, metrics: dict[str, Any]) -> None:
-        self.metrics_log.log(metrics, self.n_training_steps, self.n_training_samples)
+    def _log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.metrics_log.log(metrics, self.n_training_steps if step is None else step, self.n_training_samples)

@@ -69,6 +69,7 @@ def demo_config(kind: DemoKind, output: Path | None, training_tokens: int, seed:
         n_eval_batches=0,
         seed=seed,
         output_path=None if output is None else str(output / kind.name.replace("+", "_")),
+        overwrite_output=True,  # its folder is the demo's own
         checkpoint_path=None,
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,

@@ -1,0 +1,102 @@
+"""When a trainer writes checkpoints, what goes into them, and what happens when that fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sae_lens
+import torch
+from sae_lens.constants import SPARSITY_FILENAME
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from e2e_sae_plugin._version import __version__
+from e2e_sae_plugin.checkpoint.folder import CheckpointKind
+from e2e_sae_plugin.checkpoint.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from e2e_sae_plugin.trainer import E2ESAETrainer
+
+logger = logging.getLogger(__name__)
+
+WRITE_ERRORS = (OSError, SafetensorError)
+"""What a full disk, a read-only or a vanished folder raises; safetensors has an error of its own."""
+
+
+class Checkpointer:
+    """Writes a trainer's checkpoints at the milestones of `n_checkpoints`, by the clock, and when a run stops.
+
+    A checkpoint that cannot be written is reported, and training goes on: the next one may succeed.
+
+    Args:
+        run_folder: where they go; None for nowhere.
+        every_minutes: a rolling checkpoint when so long has passed since the last one of any kind; None for none.
+    """
+
+    def __init__(self, run_folder: RunFolder | None, every_minutes: float | None):
+        self.run_folder, self.every_minutes = run_folder, every_minutes
+        self._last_time = time.monotonic()
+        self._last: tuple[int, Path] | None = None
+
+    @property
+    def last(self) -> Path | None:
+        """The last checkpoint that this process has written."""
+        return None if self._last is None else self._last[1]
+
+    def after_step(self, trainer: E2ESAETrainer) -> None:
+        """Write what is due now."""
+        due = [n for n in trainer.checkpoint_thresholds if trainer.n_training_samples > n]  # the host's comparison
+        if due:
+            del trainer.checkpoint_thresholds[: len(due)]
+            self._attempt(trainer, "milestone")
+        elif self.every_minutes is not None and time.monotonic() - self._last_time >= 60 * self.every_minutes:
+            self._attempt(trainer, "rolling")
+
+    def at_stop(self, trainer: E2ESAETrainer) -> Path | None:
+        """A checkpoint of what the run has reached, or the one that holds it already; None where there can be none."""
+        if self._last is not None and self._last[0] == trainer.counts_to_save()[0]:
+            return self._last[1]
+        return self._attempt(trainer, "rolling")
+
+    def _attempt(self, trainer: E2ESAETrainer, kind: CheckpointKind) -> Path | None:
+        self._last_time = time.monotonic()
+        if self.run_folder is None and not (kind == "milestone" and trainer.cfg.logger.log_to_wandb):
+            return None
+        try:
+            trainer.save_checkpoint(str(trainer.counts_to_save()[1]), kind=kind)
+            return self.last
+        except WRITE_ERRORS as error:
+            logger.error(
+                "The checkpoint after step %d could not be written (%s); the last whole one is %s.",
+                trainer.n_training_steps, error, self.last or "of an earlier start of the run, or none",
+            )  # fmt: skip
+            return None
+
+    def write(self, trainer: E2ESAETrainer, run_folder: RunFolder, name: str, kind: CheckpointKind) -> Path:
+        """Write one checkpoint.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; what was there before still is.
+        """
+        counts = dict(zip(("n_training_steps", "n_training_samples"), trainer.counts_to_save(), strict=True))
+        versions = {
+            "e2e_sae_plugin_version": __version__,
+            "sae_lens_version": sae_lens.__version__,
+            "torch_version": torch.__version__,
+        }
+
+        def fill(folder: Path) -> None:
+            trainer.sae.save_model(folder)
+            save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
+            trainer.save_trainer_state(folder)
+            if trainer.save_checkpoint_fn is not None:
+                trainer.save_checkpoint_fn(checkpoint_path=folder)
+
+        path = run_folder.write(name, kind, {**counts, **versions}, fill)
+        if kind != "final":
+            self._last = counts["n_training_steps"], path
+            self._last_time = time.monotonic()
+        return path

@@ -1,0 +1,200 @@
+"""What can be known to fail before anything is loaded: the folders, the disk, the shape of the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.saes.sae import TrainingSAE
+from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+from transformers import AutoConfig
+
+from e2e_sae_plugin.checkpoint.folder import DamagedCheckpointError
+from e2e_sae_plugin.checkpoint.resume import E2E_CFG_FILENAME, config_differences, read_saved_config
+from e2e_sae_plugin.checkpoint.run_folder import RunFolder
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.metrics_log import METRICS_FILENAME
+
+logger = logging.getLogger(__name__)
+
+RESERVE_BYTES = 16 * 2**20
+"""Left free beside the weights: configs, sparsity, metrics."""
+
+
+def check_folders(
+    cfg: E2ESAERunnerConfig, sae: TrainingSAE[Any], run_folder: RunFolder | None, resumed_from: Path | None
+) -> None:
+    """Refuse folders that the run could not write to at its end, or that hold another run.
+
+    Raises:
+        ValueError: names the field, the path, and what to do.
+    """
+    needed: dict[Path, int] = {}
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in sae.state_dict().values())
+    if cfg.output_path is not None:
+        output = Path(cfg.output_path)
+        _check_writable("output_path", output)
+        _check_not_another_run(cfg, output, resumed_from)
+        needed[output] = weights
+    if run_folder is not None:
+        _check_writable("checkpoint_path", run_folder.path)
+        needed[run_folder.path] = (
+            weights * 3 * _n_checkpoints_to_come(cfg, run_folder)
+        )  # weights and Adam's two moments
+    _check_space(needed)
+
+
+def _check_writable(field: str, path: Path) -> None:
+    there = _nearest_existing(path)
+    if not there.is_dir():
+        raise ValueError(f"{field}={str(path)!r} cannot be a folder: {str(there)!r} is a file. Choose another {field}.")
+    probe = there / f".write-test-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{field}={str(path)!r} cannot be written: {error.strerror or error} in {str(there)!r}. Choose another {field}, "
+            "or change the folder's permissions."
+        ) from None
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _check_not_another_run(cfg: E2ESAERunnerConfig, output: Path, resumed_from: Path | None) -> None:
+    """A run marks its output folder with its config when it begins."""
+    theirs = output / E2E_CFG_FILENAME
+    if cfg.overwrite_output:
+        return
+    cure = "Choose another output_path, move that folder away, or set overwrite_output=True."
+    if theirs.exists():
+        try:
+            differences = config_differences(read_saved_config(theirs), cfg)
+        except DamagedCheckpointError as error:
+            raise ValueError(f"output_path={str(output)!r} holds another run, and {error} {cure}") from None
+        if differences:
+            raise ValueError(
+                f"output_path={str(output)!r} holds another run, which would be overwritten. It differs in:\n  "
+                + "\n  ".join(differences)
+                + f"\n{cure}"
+            )
+        if resumed_from is None and (output / METRICS_FILENAME).exists():
+            logger.warning("%s holds an earlier start of this very run; it is trained again and replaced.", output)
+        return
+    for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME):
+        if (output / name).exists():
+            raise ValueError(
+                f"output_path={str(output)!r} holds another SAE ({name}), which would be overwritten. {cure}"
+            )
+
+
+def _n_checkpoints_to_come(cfg: E2ESAERunnerConfig, run_folder: RunFolder) -> int:
+    """Checkpoints that will lie there beyond those that do: one more than are kept, while the newest is being written."""
+    kinds = [manifest["kind"] for _, manifest in run_folder.checkpoints()]
+    rolling = max(cfg.keep_checkpoints if cfg.checkpoint_every_minutes is not None else 1, 1) - kinds.count("rolling")
+    milestones = cfg.n_checkpoints - kinds.count("milestone")
+    return max(rolling, 0) + max(milestones, 0) + int(cfg.save_final_checkpoint) + 1
+
+
+def _check_space(needed: dict[Path, int]) -> None:
+    by_disk: dict[int, list[Path]] = {}
+    for path in needed:
+        by_disk.setdefault(os.stat(_nearest_existing(path)).st_dev, []).append(path)
+    for paths in by_disk.values():
+        wanted = sum(needed[path] for path in paths) + RESERVE_BYTES
+        free = shutil.disk_usage(_nearest_existing(paths[0])).free
+        if free < wanted:
+            raise ValueError(
+                f"The disk of {' and '.join(repr(str(path)) for path in paths)} has {free / 1e9:.2f} GB free, but the SAE "
+                f"and its checkpoints (weights, and the optimizer's two moments) can need {wanted / 1e9:.2f} GB. Free "
+                "space, choose another output_path or checkpoint_path, or lower n_checkpoints or keep_checkpoints."
+            )
+
+
+def check_device(cfg: E2ESAERunnerConfig) -> None:
+    """Refuse a device that this machine, or this build of torch, does not have.
+
+    Raises:
+        ValueError: names the field and the device.
+    """
+    for field in ("device", "llm_device"):
+        device = str(getattr(cfg, field))
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{field}={device!r} cannot be used here: {reason} Use 'cpu', or a device that is there."
+            ) from None
+
+
+def check_model_shape(cfg: E2ESAERunnerConfig) -> None:
+    """Compare hook, width and context with the model's config, which is a small file, before its weights are fetched.
+
+    What the config cannot tell is left to the checks on the loaded model.
+
+    Raises:
+        ValueError: the layer does not exist, `sae.d_in` is not the residual stream's width, or the context is too long.
+    """
+    shape = _shape_from_config(cfg)
+    if shape is None:
+        return
+    n_layers, width, n_ctx = shape
+    if n_ctx is not None and cfg.context_size > n_ctx:
+        raise ValueError(
+            f"context_size={cfg.context_size} is longer than the context of {cfg.model_name!r}, {n_ctx} tokens."
+        )
+    layer = re.search(r"\.(\d+)(\.|$)", cfg.hook_name)
+    if layer is not None and n_layers is not None and int(layer[1]) >= n_layers:
+        raise ValueError(
+            f"hook_name={cfg.hook_name!r} names layer {layer[1]}, but {cfg.model_name!r} has layers 0 to {n_layers - 1}."
+        )
+    if re.search(r"hook_resid_(pre|mid|post)$", cfg.hook_name) and width is not None and cfg.sae.d_in != width:
+        raise ValueError(
+            f"sae.d_in={cfg.sae.d_in} does not match {cfg.hook_name!r}: {cfg.model_name!r} has a residual stream of {width} "
+            f"dimensions. Set sae.d_in={width}."
+        )
+
+
+def _shape_from_config(cfg: E2ESAERunnerConfig) -> tuple[int | None, int | None, int | None] | None:
+    """(layers, width, context), or None where no config can be had."""
+    try:
+        if cfg.model_class_name == "HookedTransformer":
+            if cfg.model_name not in OFFICIAL_MODEL_NAMES:
+                return None  # an alias or a folder: the loader knows what to make of it
+            loaded = get_pretrained_model_config(cfg.model_name)
+            return loaded.n_layers, loaded.d_model, loaded.n_ctx
+        text = AutoConfig.from_pretrained(cfg.model_name).get_text_config()
+    except Exception as error:  # whatever is wrong with the model, its loader says it better
+        logger.debug("No config of %s before its weights: %s", cfg.model_name, error)
+        return None
+    return tuple(getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size", "max_position_embeddings"))  # pyright: ignore[reportReturnType]
+
+
+def check_wandb_login() -> None:
+    """Refuse Weights & Biases without credentials, before anything slow happens.
+
+    Raises:
+        ValueError: no API key is known and `WANDB_MODE` is not offline or disabled.
+    """
+    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun") or wandb.run is not None:
+        return
+    if not wandb.login(prompt=False, verify=False):
+        raise ValueError(
+            "logger.log_to_wandb is True but there is no Weights & Biases login. Run `wandb login`, set WANDB_API_KEY, "
+            "set WANDB_MODE=offline, or use logger=LoggingConfig(log_to_wandb=False)."
+        )

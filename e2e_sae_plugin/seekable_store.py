@@ -1,0 +1,128 @@
+"""SAELens's activation store, whose token sequences can be gone back to without reading what came before."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from sae_lens.pretokenize_runner import get_special_token_from_cfg
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+
+
+def _no_tokens() -> Tensor:
+    return torch.empty(0, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class RowPosition:
+    """Where a store stands in its dataset after a sequence."""
+
+    n_rows: int = 0
+    """Rows that were read since the dataset's beginning."""
+    rest: Tensor = field(default_factory=_no_tokens)
+    """`[n]`, the tokens of the last of those rows that no sequence has taken yet."""
+    rows_state: dict[str, Any] | None = None
+    """What `datasets` needs to go on after that row, for a streamed dataset."""
+
+
+class SeekableActivationsStore(ActivationsStore):
+    """Adds `position` and `seek` to SAELens's store; the sequences and their order are the store's own.
+
+    The host can only start a dataset from its beginning, and what it saves does not tell how much of a text is left
+    over. Here map-style datasets are sliced, streamed ones continue from `datasets`' own `state_dict`, and the left-over
+    tokens of a text are part of the position.
+    """
+
+    _start: RowPosition = RowPosition()
+    _n_rows = 0
+    _pieces: tuple[Tensor, ...] = ()
+    _rest: Tensor | None = None
+    _reading: Any = None
+
+    def position(self) -> RowPosition:
+        """After the last sequence that was drawn; cheap, and later draws do not change it."""
+        rest = _no_tokens() if self._rest is None else self._rest
+        if self._start.n_rows:  # sought, and so far only left-over tokens were needed
+            return replace(self._start, rest=rest)
+        streamed = isinstance(self._reading, IterableDataset) and self._n_rows > 0
+        return RowPosition(self._n_rows, rest, self._reading.state_dict() if streamed else None)
+
+    def seek(self, position: RowPosition) -> None:
+        """The next sequence is the one that came after `position`.
+
+        Without a `rows_state` a streamed dataset is read again up to there, row by row but without tokenising.
+        """
+        self._start = position
+        self._n_rows, self._rest = position.n_rows, position.rest
+        self.n_dataset_processed = position.n_rows
+        self.iterable_sequences = self._iterate_tokenized_sequences()
+
+    def _rows_after(self, start: RowPosition) -> Iterable[Any]:
+        dataset: Any = self.dataset
+        if start.n_rows == 0:
+            self._reading = dataset
+            return dataset
+        if isinstance(dataset, Dataset):
+            return dataset.skip(start.n_rows)
+        if isinstance(dataset, IterableDataset) and start.rows_state is not None:
+            self._reading = copy.copy(dataset)  # the next epoch starts from the original, at the beginning
+            self._reading.load_state_dict(start.rows_state)
+            return self._reading
+        self._reading = dataset
+        return itertools.islice(dataset, start.n_rows, None)
+
+    def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
+        start, self._start = self._start, RowPosition()
+        self._n_rows = start.n_rows
+        for row in self._rows_after(start):
+            self._n_rows += 1
+            yield row[self.tokens_column]
+            self.n_dataset_processed += 1
+
+    def _iterate_raw_dataset_tokens(self) -> Generator[Tensor, None, None]:
+        rest = self._start.rest.to(self.device)
+        for tokens in itertools.chain([rest] if len(rest) else [], super()._iterate_raw_dataset_tokens()):
+            if len(tokens):
+                self._pieces = (*self._pieces, tokens)
+            yield tokens
+
+    def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:
+        self._pieces, self._rest = (), None
+        tokenizer = getattr(self.model, "tokenizer", None)
+        bos = tokenizer.bos_token_id if tokenizer is not None and self.prepend_bos else None
+        separator = None if tokenizer is None else get_special_token_from_cfg(self.sequence_separator_token, tokenizer)
+        joined = not self.is_dataset_tokenized and not self.disable_concat_sequences
+        for sequence in super()._iterate_tokenized_sequences():
+            if joined:
+                self._rest = untaken_tokens(self._pieces, self.context_size, bos, separator)
+                self._pieces = (self._rest,) if len(self._rest) else ()
+            else:
+                self._pieces = ()
+            yield sequence
+
+
+def untaken_tokens(
+    pieces: tuple[Tensor, ...], context_size: int, begin_token_id: int | None, separator_token_id: int | None
+) -> Tensor:
+    """The end of the last piece that a sequence has left over.
+
+    Args:
+        pieces: token ids `[n]` of the texts that went into the sequence, none of them empty.
+        context_size: length of the sequence.
+        begin_token_id: put before a sequence that does not begin with it; None for no token.
+        separator_token_id: put before each further text that does not begin with it; None for no token.
+
+    SAELens's `concat_and_batch_sequences` takes tokens in order and inserts only these, so what is left follows from the
+    lengths.
+    """
+    inserted = int(begin_token_id is not None and int(pieces[0][0]) != begin_token_id)
+    if separator_token_id is not None:
+        inserted += sum(int(piece[0]) != separator_token_id for piece in pieces[1:])
+    n_left = inserted + sum(map(len, pieces)) - context_size
+    return pieces[-1][len(pieces[-1]) - n_left :]

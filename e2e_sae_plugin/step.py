@@ -1,0 +1,296 @@
+"""One optimizer step: from token sequences through the model and the SAE, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
+from torch import Tensor
+
+from e2e_sae_plugin.architectures import TOKEN_SEPARABLE, combine_sae_losses, inner_reconstructions
+from e2e_sae_plugin.checkpoint.state import State, capture
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.faults import NonFiniteError, StepStatistics, find_fault
+from e2e_sae_plugin.kernels import relu_sae
+from e2e_sae_plugin.metrics_log import MetricsLog
+from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.splice import SplicedModel
+from e2e_sae_plugin.splice.activations import trained_tokens
+from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, spliced_terms
+from e2e_sae_plugin.step_output import merge_step_outputs
+from e2e_sae_plugin.token_stream import TokenStream
+
+logger = logging.getLogger(__name__)
+
+
+class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
+    """SAELens's trainer with another `step`: token sequences `[n_prompts, pos]` in; clean pass, SAE, spliced pass,
+    objective, one backward, one update. The gradient-norm clip is `max_grad_norm`, and a step whose loss or gradient is
+    not finite does not reach the weights.
+
+    Micro-batches give the gradient of the one big batch. Where tokens do not touch each other (`TOKEN_SEPARABLE`) the SAE
+    goes through the micro-batches with the model; elsewhere (BatchTopK) it runs once on the whole step, as SAELens's
+    trainer runs it, and only the model's passes are chunked. What advances once per step (thresholds, dead-feature
+    counters, schedules) does not see the micro-batches.
+
+    Args: as in `E2ESAETrainer`.
+    """
+
+    act_freq_scores: Tensor
+    n_forward_passes_since_fired: Tensor
+
+    def __init__(
+        self,
+        cfg: E2ESAERunnerConfig,
+        sae: TrainingSAE[Any],
+        spliced_model: SplicedModel,
+        data_provider: Iterator[Tensor],
+        metrics_log: MetricsLog,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+        excluded_tokens: Tensor | None = None,
+    ):
+        super().__init__(
+            cfg=cfg.to_sae_trainer_config(),
+            sae=sae,
+            data_provider=data_provider,
+            save_checkpoint_fn=save_checkpoint_fn,
+        )
+        self.runner_cfg = cfg
+        self.spliced_model = spliced_model
+        self.metrics_log = metrics_log
+        self.excluded_tokens = excluded_tokens
+        self.grad_norm: Tensor | None = None
+        self.l0 = torch.zeros(())  # of the last step
+        self.n_skipped_steps = 0
+        self.n_skipped_in_a_row = 0
+        self._good_state: State | None = None  # before the first of the steps that are being skipped
+        self.last_good_state: State | None = None  # that, once they are too many
+        self.is_updating = False
+
+    @property
+    def objective(self) -> Objective:
+        """What the current step minimises: the local objective in the first `local_first` of the run's tokens."""
+        still_local = self.n_training_samples < self.runner_cfg.local_first * self.runner_cfg.training_tokens
+        return Objective.local() if self.runner_cfg.local_first and still_local else self.runner_cfg.objective
+
+    def step(self, batch: Int[Tensor, "prompts pos"]) -> TrainStepOutput:
+        """Train on one batch of token sequences `[n_prompts, pos]`.
+
+        Returns:
+            As in SAELens: `loss` is the whole weighted objective, `losses` its terms unweighted; all detached.
+
+        Raises:
+            ValueError: every token of the batch is excluded.
+        """
+        outputs: list[TrainStepOutput] = []
+        shares: list[float] = []
+        n_tokens = self._n_trained_tokens(batch)
+        if not n_tokens:
+            raise ValueError(
+                f"Every token of the batch at step {self.n_training_steps} is excluded by exclude_special_tokens="
+                f"{self.runner_cfg.exclude_special_tokens!r}, so there is nothing to train on."
+            )
+        fired = torch.zeros_like(self.act_freq_scores)
+        before = StepStatistics(self)
+        try:
+            for tokens in self._sae_batches(batch):
+                share = self._n_trained_tokens(tokens) / n_tokens
+                if share > 0:
+                    outputs.append(self._forward_and_backward(tokens, share, fired))
+                    shares.append(share)
+            output = merge_step_outputs(outputs, shares)
+            self._count_firing(fired, n_tokens)
+            finite = self._clip_gradients() and bool(torch.isfinite(output.loss))
+        except BaseException:
+            before.restore(self)
+            raise
+        if finite:
+            self._update()
+        else:
+            before.restore(self)
+            self._skip(batch)
+        self._advance_schedules()
+        # Last, where the host counts first: an interrupted step has not been trained on, and is done again on resume.
+        self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
+        return output
+
+    def _n_trained_tokens(self, tokens: Tensor) -> int:
+        mask = trained_tokens(tokens, self.runner_cfg.seqpos_slice, self.excluded_tokens)
+        return tokens.numel() if mask is None else int(mask.sum())
+
+    def _sae_batches(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """The sequences that the SAE runs on together: a micro-batch where tokens do not touch each other, else all.
+
+        Local training has no passes to wait for, and keeps the host's order of summation.
+        """
+        separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
+        return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
+
+    def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
+        """Adds the gradient of these sequences' part of the step to the SAE's parameters.
+
+        Args:
+            share: their trained tokens as a share of the step's, by which means over them enter the step's means.
+            fired: `[d_sae]`, receives how many of the tokens each feature fired on.
+        """
+        micro_batches = self.clean_micro_batches(
+            tokens, hidden=self.objective.kl > 0, downstream=self.objective.beta > 0
+        )
+        output = self.sae_forward(self.scaled_sae_in(micro_batches))
+        with torch.no_grad():
+            firing = output.feature_acts.bool()
+            fired += (firing.to_dense() if firing.is_sparse else firing).sum(0, dtype=torch.int32)  # int64 costs double
+        reconstructions = self.reconstructions(output)
+        spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
+        sae_total, sae_terms = combine_sae_losses(output, self.sae.cfg.architecture(), self.objective, spliced.weighted)
+        # One backward through the SAE, from its own losses and from what the spliced passes ask of its output.
+        roots = [(sae_total, torch.full_like(sae_total, share))]
+        roots += [(r, g * share) for (_, _, r), g in zip(reconstructions, spliced.gradients, strict=True)]
+        roots = [(root, seed) for root, seed in roots if root.requires_grad]
+        torch.autograd.backward([root for root, _ in roots], [seed for _, seed in roots])
+        output.loss = (spliced.weighted + sae_total).detach()
+        output.losses = {**spliced.named, **sae_terms}
+        return output
+
+    def clean_micro_batches(
+        self, tokens: Tensor, *, hidden: bool = False, downstream: bool = False
+    ) -> list[MicroBatch]:
+        """Clean passes over `tokens [n_prompts, pos]`, at most `micro_batch_size_prompts` sequences at a time."""
+        with self.model_autocast():
+            return [
+                clean_micro_batch(
+                    self.spliced_model,
+                    chunk,
+                    hidden=hidden,
+                    downstream=downstream,
+                    seqpos_slice=self.runner_cfg.seqpos_slice,
+                    excluded=self.excluded_tokens,
+                )
+                for chunk in tokens.split(self.runner_cfg.micro_batch_size_prompts)
+            ]
+
+    def scaled_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """The step's activations `[tokens, d_in]` in fp32, normalised as the SAE trains on them."""
+        return self.activation_scaler(self.raw_sae_in(micro_batches))
+
+    def raw_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """The step's activations `[tokens, d_in]` as the model has them, in fp32."""
+        head = self.runner_cfg.hook_head_index
+        acts = torch.cat([micro.sae_in(head) for micro in micro_batches])
+        return acts.to(self.sae.device, torch.get_default_dtype())  # the dtype that the host's store hands out
+
+    def sae_forward(self, sae_in: Tensor) -> TrainStepOutput:
+        """The forward half of the host's `_train_step`."""
+        self.sae.train()
+        step_input = TrainStepInput(
+            sae_in=sae_in,
+            dead_neuron_mask=self.dead_neurons,
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+        with self.autocast_if_enabled:
+            # Local training stays the host's own computation, to the bit.
+            if self.objective.needs_spliced_pass and relu_sae.can_train(self.sae):
+                return relu_sae.training_forward_pass(self.sae, step_input)  # pyright: ignore[reportArgumentType]
+            return self.sae.training_forward_pass(step_input)
+
+    @torch.no_grad()
+    def _count_firing(self, fired: Tensor, n_tokens: int) -> None:
+        """The host's sparsity statistics, once per step, over the tokens really trained on."""
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[fired > 0] = 0
+        self.act_freq_scores += fired
+        self.n_frac_active_samples += n_tokens
+        self.l0 = fired.sum() / n_tokens
+
+    def reconstructions(self, output: TrainStepOutput) -> list[tuple[str, float, Tensor]]:
+        """(suffix, weight, reconstruction in the model's own space): the SAE's output and Matryoshka's inner levels."""
+        if not self.objective.needs_spliced_pass:
+            return []
+        named = [("", 1.0, output.sae_out)]
+        with self.autocast_if_enabled:
+            inner = [
+                (f"_{width}", 1.0, tensor) for width, tensor in inner_reconstructions(self.sae, output.feature_acts)
+            ]
+        if inner and self.objective.matryoshka_levels == "sampled":
+            # Drawn from the step's number, so that a resumed run draws what the run would have drawn.
+            generator = torch.Generator().manual_seed(self.runner_cfg.seed * 1_000_003 + self.n_training_steps)
+            suffix, _, tensor = inner[int(torch.randint(len(inner), (), generator=generator))]
+            inner = [(suffix, float(len(inner)), tensor)]
+        return [(suffix, weight, self.activation_scaler.unscale(tensor)) for suffix, weight, tensor in named + inner]
+
+    def _spliced_terms(
+        self, micro_batches: list[MicroBatch], reconstructions: list[tuple[str, float, Tensor]], like: Tensor
+    ) -> SplicedTerms:
+        if not reconstructions:
+            return SplicedTerms(weighted=like.detach().new_zeros(()))
+        with self.model_autocast():
+            return spliced_terms(
+                self.spliced_model, self.objective, micro_batches, reconstructions, self.runner_cfg.hook_head_index
+            )
+
+    def _clip_gradients(self) -> bool:
+        """Clip; whether the gradients are finite."""
+        limit = self.runner_cfg.max_grad_norm
+        if limit is not None:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
+        else:
+            self.grad_norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.sae.parameters() if p.grad is not None]
+            )
+        return bool(torch.isfinite(self.grad_norm))
+
+    def _update(self) -> None:
+        self.is_updating = True  # for as long, the weights are of no step
+        self.optimizer.step()
+        self.is_updating = False
+        self.optimizer.zero_grad()
+        self.n_skipped_in_a_row, self._good_state = 0, None
+
+    def _advance_schedules(self) -> None:
+        """In the host's order. A skipped step counts: the number of steps is fixed in advance."""
+        with warnings.catch_warnings():
+            # Where the very first step is skipped, torch takes the order of the calls for a mistake.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
+            self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+
+    def _skip(self, batch: Tensor) -> None:
+        """Count a step that is not finite, and say where that comes from.
+
+        Raises:
+            NonFiniteError: `max_skipped_steps` in a row were.
+        """
+        if self.n_skipped_in_a_row == 0:
+            self._good_state = capture(self, last_batch_is_trained=False)
+        self.n_skipped_steps += 1
+        self.n_skipped_in_a_row += 1
+        too_many = self.n_skipped_in_a_row >= self.runner_cfg.max_skipped_steps
+        if self.n_skipped_in_a_row > 1 and not too_many:
+            return
+        source = self.data_provider
+        place = f"The batch: {source.describe_last_batch()}." if isinstance(source, TokenStream) else ""
+        fault = f"{find_fault(self, batch)} {place}".strip()
+        if too_many:
+            self.last_good_state = self._good_state
+            raise NonFiniteError(
+                f"{self.n_skipped_in_a_row} steps in a row (max_skipped_steps), up to step {self.n_training_steps}, had a "
+                f"loss or gradient that is not finite. None of them has reached the weights. {fault} Lower lr or "
+                "max_grad_norm, use a wider dtype, or leave the data out."
+            )
+        logger.warning("Step %d is skipped: its loss or gradient is not finite. %s", self.n_training_steps, fault)
+
+    def model_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision for the model's passes, where `autocast_lm` asks for it."""
+        if not self.runner_cfg.autocast_lm:
+            return contextlib.nullcontext()
+        return torch.autocast(self.spliced_model.token_device.type, dtype=torch.bfloat16)
