@@ -1,7 +1,10 @@
 """End-to-end training of sparse autoencoders, plugged into SAELens."""
 
 from e2e_sae_plugin._version import __version__ as __version__
+from e2e_sae_plugin.checkpoint import DamagedCheckpointError as DamagedCheckpointError
 from e2e_sae_plugin.config import E2ESAERunnerConfig as E2ESAERunnerConfig
+from e2e_sae_plugin.faults import NonFiniteError as NonFiniteError
+from e2e_sae_plugin.interruption import RunInterrupted as RunInterrupted
 from e2e_sae_plugin.objective import Objective as Objective
 from e2e_sae_plugin.presets import paper_config as paper_config
 from e2e_sae_plugin.runner import E2ESAETrainingRunner as E2ESAETrainingRunner

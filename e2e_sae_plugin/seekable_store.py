@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Generator, Iterable
+import logging
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from datasets import Dataset, IterableDataset
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def _no_tokens() -> Tensor:
@@ -28,7 +30,7 @@ class RowPosition:
     rest: Tensor = field(default_factory=_no_tokens)
     """`[n]`, the tokens of the last of those rows that no sequence has taken yet."""
     rows_state: dict[str, Any] | None = None
-    """What `datasets` needs to go on after that row, for a streamed dataset."""
+    """What `datasets` needs to go on after that row, for a streamed dataset without a shuffle buffer."""
 
 
 class SeekableActivationsStore(ActivationsStore):
@@ -43,15 +45,16 @@ class SeekableActivationsStore(ActivationsStore):
     _n_rows = 0
     _pieces: tuple[Tensor, ...] = ()
     _rest: Tensor | None = None
-    _reading: Any = None
 
     def position(self) -> RowPosition:
         """After the last sequence that was drawn; cheap, and later draws do not change it."""
         rest = _no_tokens() if self._rest is None else self._rest
         if self._start.n_rows:  # sought, and so far only left-over tokens were needed
             return replace(self._start, rest=rest)
-        streamed = isinstance(self._reading, IterableDataset) and self._n_rows > 0
-        return RowPosition(self._n_rows, rest, self._reading.state_dict() if streamed else None)
+        dataset = self.dataset
+        if not isinstance(dataset, IterableDataset) or self._n_rows == 0 or has_shuffle_buffer(dataset):
+            return RowPosition(self._n_rows, rest)
+        return RowPosition(self._n_rows, rest, dataset.state_dict())
 
     def seek(self, position: RowPosition) -> None:
         """The next sequence is the one that came after `position`.
@@ -66,15 +69,16 @@ class SeekableActivationsStore(ActivationsStore):
     def _rows_after(self, start: RowPosition) -> Iterable[Any]:
         dataset: Any = self.dataset
         if start.n_rows == 0:
-            self._reading = dataset
             return dataset
         if isinstance(dataset, Dataset):
             return dataset.skip(start.n_rows)
         if isinstance(dataset, IterableDataset) and start.rows_state is not None:
-            self._reading = copy.copy(dataset)  # the next epoch starts from the original, at the beginning
-            self._reading.load_state_dict(start.rows_state)
-            return self._reading
-        self._reading = dataset
+            return _continued(dataset, start.rows_state)
+        logger.warning(
+            "The dataset cannot jump to its place (what is in a shuffle buffer, for one, is not part of its state): "
+            "reading %d rows again up to there.",
+            start.n_rows,
+        )
         return itertools.islice(dataset, start.n_rows, None)
 
     def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
@@ -105,6 +109,32 @@ class SeekableActivationsStore(ActivationsStore):
             else:
                 self._pieces = ()
             yield sequence
+
+
+def has_shuffle_buffer(dataset: IterableDataset) -> bool:
+    """Whether `datasets`' own state of a stream leaves out rows that were read but not yet given out."""
+    layers = [getattr(dataset, "_ex_iterable", None)]
+    while layers:
+        layer = layers.pop()
+        if "BufferShuffled" in type(layer).__name__:
+            return True
+        layers += [inner for inner in (getattr(layer, "ex_iterable", None),) if inner is not None]
+        layers += getattr(layer, "ex_iterables", [])
+    return False
+
+
+def _continued(dataset: IterableDataset, rows_state: dict[str, Any]) -> Iterator[Any]:
+    """The rows from a state on; the next epoch starts from the beginning again."""
+    dataset.load_state_dict(rows_state)
+    rows = iter(dataset)
+    try:
+        first = next(rows)  # reads the state
+    except StopIteration:
+        return
+    finally:
+        dataset.load_state_dict({})
+    yield first
+    yield from rows
 
 
 def untaken_tokens(

@@ -111,14 +111,16 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         except BaseException:
             before.restore(self)
             raise
-        if finite:
-            self._update()
-        else:
+        if not finite:
             before.restore(self)
             self._skip(batch)
+        self.is_updating = True  # from here to the count, the weights are of no step
+        if finite:
+            self._update()
         self._advance_schedules()
         # Last, where the host counts first: an interrupted step has not been trained on, and is done again on resume.
         self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
+        self.is_updating = False
         return output
 
     def _n_trained_tokens(self, tokens: Tensor) -> int:
@@ -249,9 +251,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return bool(torch.isfinite(self.grad_norm))
 
     def _update(self) -> None:
-        self.is_updating = True  # for as long, the weights are of no step
         self.optimizer.step()
-        self.is_updating = False
         self.optimizer.zero_grad()
         self.n_skipped_in_a_row, self._good_state = 0, None
 

@@ -25,6 +25,22 @@ class _Place:
     rows: RowPosition
 
 
+class _Since:
+    """A place, and the digest of the batches since. At least one row of the dataset was read since, so that the digest
+    tells whether the dataset, and not only what is left over of a text, is the same."""
+
+    def __init__(self, place: _Place):
+        self.place, self.n_batches, self.sha256 = place, 0, hashlib.sha256()
+
+    def add(self, batch: Tensor) -> None:
+        self.n_batches += 1
+        self.sha256.update(batch.cpu().contiguous().numpy().tobytes())
+
+    @staticmethod
+    def digest(tokens: Tensor) -> str:
+        return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
 class TokenStream:
     """Iterator over batches `[n_prompts, context_size]` of token ids, epoch after epoch, less a held-out head.
 
@@ -42,7 +58,8 @@ class TokenStream:
         self.store, self.n_prompts, self.vocabulary = store, n_prompts, vocabulary
         self.epoch, self._drawn_this_epoch = 0, 0
         self._n_held_out = n_held_out
-        self._last: tuple[_Place, Tensor] | None = None
+        self._before_last: _Place | None = None
+        self._since: _Since | None = None
         self._again: Tensor | None = None
         self.held_out: Tensor | None = None
         if n_held_out:
@@ -63,7 +80,10 @@ class TokenStream:
             except _EpochEnded:
                 self._start_epoch()
         batch = self._stack(sequences)
-        self._last = before, batch
+        self._before_last = before
+        if self._since is None or self.store.position().n_rows > before.rows.n_rows or self.epoch > before.epoch:
+            self._since = _Since(before)
+        self._since.add(batch)
         return batch
 
     def _place(self) -> _Place:
@@ -71,34 +91,35 @@ class TokenStream:
 
     def describe_last_batch(self) -> str:
         """Where in the data the batch that was drawn last lies, for messages."""
-        if self._last is None:
+        if self._before_last is None:
             return "before the first batch"
-        before = self._last[0]
+        first, rows = self._before_last.n_sequences, self._before_last.rows
         return (
-            f"sequences {before.n_sequences} to {before.n_sequences + self.n_prompts - 1} of epoch {before.epoch + 1} "
-            f"(from dataset row {max(before.rows.n_rows - bool(len(before.rows.rest)), 0)} on)"
+            f"sequences {first} to {first + self.n_prompts - 1} of epoch {self._before_last.epoch + 1} (from dataset row "
+            f"{max(rows.n_rows - bool(len(rows.rest)), 0)} on)"
         )
 
     # Resuming.
 
     def state(self, *, last_is_trained: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What `resume` needs, as JSON and as tensors: the place before the last batch, and that batch's digest.
+        """What `resume` needs, as JSON and as tensors: a place a few batches back, and the digest of the batches since.
 
         Args:
             last_is_trained: False when the last batch was drawn but not trained on, so that it comes again.
         """
-        place, batch = (self._place(), None) if self._last is None else self._last
+        since = self._since or _Since(self._place())
         state: dict[str, Any] = {
-            "epoch": place.epoch,
-            "n_sequences": place.n_sequences,
-            "n_rows": place.rows.n_rows,
-            "rows_state": place.rows.rows_state,
+            "epoch": since.place.epoch,
+            "n_sequences": since.place.n_sequences,
+            "n_rows": since.place.rows.n_rows,
+            "rows_state": since.place.rows.rows_state,
             "n_prompts": self.n_prompts,
-            "held_out_sha256": None if self.held_out is None else _digest(self.held_out),
-            "last_batch_sha256": None if batch is None else _digest(batch),
+            "held_out_sha256": None if self.held_out is None else _Since.digest(self.held_out),
+            "n_batches": since.n_batches,
+            "batches_sha256": since.sha256.hexdigest(),
             "last_is_trained": last_is_trained,
         }
-        return state, {"rest": place.rows.rest.cpu().clone()}
+        return state, {"rest": since.place.rows.rest.cpu().clone()}
 
     def resume(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on where `state` was taken. The last batch before is drawn again, and must be the same.
@@ -106,7 +127,7 @@ class TokenStream:
         Raises:
             ValueError: the data, or what is held out of it, is not what the state was taken with.
         """
-        held_out = None if self.held_out is None else _digest(self.held_out)
+        held_out = None if self.held_out is None else _Since.digest(self.held_out)
         if held_out != state["held_out_sha256"]:
             raise ValueError(
                 "The held-out sequences at the head of the dataset are not those that the checkpoint was made with, so the "
@@ -115,35 +136,29 @@ class TokenStream:
             )
         rows = RowPosition(state["n_rows"], tensors["rest"], state["rows_state"])
         place = _Place(state["epoch"], state["n_sequences"], rows)
-        attempts = [place]
-        if rows.rows_state is not None:  # `datasets` forgets what was in a shuffle buffer
-            attempts.append(replace(place, rows=replace(rows, rows_state=None)))
-        for attempt in attempts:
-            if self._goes_on_from(attempt, state["last_batch_sha256"]):
-                if not state["last_is_trained"]:
-                    self._again = None if self._last is None else self._last[1]
-                return
-            if attempt is not attempts[-1]:
-                logger.warning(
-                    "The streamed dataset cannot jump to its place (a shuffle buffer, for one, is not part of its state); "
-                    "reading %d rows again up to there.",
-                    rows.n_rows,
-                )
-        raise ValueError(
-            f"The dataset is not the one that the checkpoint was made with: from sequence {place.n_sequences} of epoch "
-            f"{place.epoch + 1} (dataset row {rows.n_rows}) on it holds other tokens than the last batch that was trained "
-            "on. Use the same dataset, in the same order, and the same tokenizer."
-        )
+        # Should `datasets` not find back to its own state, reading everything again does.
+        attempts = [place] if rows.rows_state is None else [place, replace(place, rows=replace(rows, rows_state=None))]
+        if not any(self._goes_on_from(attempt, state) for attempt in attempts):
+            raise ValueError(
+                f"The dataset is not the one that the checkpoint was made with: from sequence {place.n_sequences} of epoch "
+                f"{place.epoch + 1} (dataset row {rows.n_rows}) on it holds other tokens than those that were trained on. "
+                "Use the same dataset, in the same order, and the same tokenizer."
+            )
 
-    def _goes_on_from(self, place: _Place, last_batch_digest: str | None) -> bool:
+    def _goes_on_from(self, place: _Place, state: dict[str, Any]) -> bool:
+        """Seek, and draw again what was drawn there; whether it is the same."""
         self.store.seek(place.rows)
         self.epoch, self._drawn_this_epoch = place.epoch, place.n_sequences
-        if last_batch_digest is None:
-            return True
+        self._since, self._again = None, None
+        batch = None
         try:
-            return _digest(next(self)) == last_batch_digest
+            for _ in range(state["n_batches"]):
+                batch = next(self)
         except (ValueError, StopIteration):
             return False
+        since = self._since or _Since(place)
+        self._again = None if state["last_is_trained"] else batch
+        return since.n_batches == state["n_batches"] and since.sha256.hexdigest() == state["batches_sha256"]
 
     # Drawing.
 
@@ -192,10 +207,6 @@ class TokenStream:
 
 class _EpochEnded(Exception):
     pass
-
-
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def check_evaluation_tokens(tokens: object, context_size: int, vocabulary: int) -> None:

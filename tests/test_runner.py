@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +29,6 @@ from helpers import (
 )
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
-from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 from torch import Tensor
@@ -348,80 +346,7 @@ def test_the_same_seed_gives_the_same_sae_and_another_seed_another_one():
     assert not torch.allclose(first.W_dec, other.W_dec)
 
 
-def test_a_run_resumes_from_a_checkpoint(tmp_path: Path):
-    settings: dict[str, Any] = {"training_tokens": 32 * 10, "lr": 1e-2, "output_path": str(tmp_path / "out")}
-    config = runner_config(n_checkpoints=1, checkpoint_path=str(tmp_path / "checkpoints"), **settings)
-    whole = build_runner(config).run()
-    (checkpoint,) = Path(str(config.checkpoint_path)).iterdir()
-    assert {path.name for path in checkpoint.iterdir()} >= {
-        "sae_weights.safetensors", "cfg.json", "trainer_state.pt", "runner_cfg.json", "e2e_runner_cfg.json",
-    }  # fmt: skip
-    resumed_config = runner_config(resume_from_checkpoint=str(checkpoint), **settings)
-    built = build_runner(resumed_config)
-    resumed = built.run()
-    lines = metrics_of(tmp_path / "out")
-    steps = [line["step"] for line in lines if "losses/kl_loss" in line]
-    done = int(checkpoint.name) // 32
-    assert 0 < done < 10
-    assert len(steps) == 10 + 10 - done
-    assert steps[10] in (done - 1, done)
-    assert lines[-1]["n_training_samples"] == 320
-    assert not torch.equal(parameters_of(resumed)["W_dec"], load_file(checkpoint / "sae_weights.safetensors")["W_dec"])
-    # The data goes on where it stood, so the resumed run ends where the whole one did, to within its last steps.
-    assert torch.allclose(resumed.W_dec, whole.W_dec, atol=0.1)
-
-
-# Interruption.
-
-
-def interrupted_run(tmp_path: Path, error: type[BaseException]) -> tuple[E2ESAERunnerConfig, Any]:
-    config = runner_config(checkpoint_path=str(tmp_path / "checkpoints"), lr=1e-2)
-    built = build_runner(config)
-    batches = iter(built.tokens)
-    count = 0
-
-    class Stopping:
-        def __iter__(self) -> Any:
-            return self
-
-        def __next__(self) -> Tensor:
-            nonlocal count
-            count += 1
-            if count == 4:
-                raise error
-            return next(batches)
-
-    built.tokens = Stopping()
-    with pytest.raises(error):
-        built.run()
-    return config, built
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, InterruptedException, RuntimeError])
-def test_an_interrupted_run_leaves_a_checkpoint_with_weights(
-    error: type[BaseException], tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with caplog.at_level(logging.WARNING, logger="e2e_sae_plugin"):
-        config, built = interrupted_run(tmp_path, error)
-    folder = Path(str(config.checkpoint_path)) / "96"
-    saved = load_file(folder / "sae_weights.safetensors")
-    assert torch.equal(saved["W_dec"], parameters_of(built.sae)["W_dec"])
-    assert {"trainer_state.pt", "runner_cfg.json", "e2e_runner_cfg.json"} <= {path.name for path in folder.iterdir()}
-    assert f"resume_from_checkpoint={str(folder)!r}" in caplog.text
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    resumed = build_runner(runner_config(resume_from_checkpoint=str(folder), lr=1e-2))
-    resumed.run()
-    assert not torch.equal(parameters_of(resumed.sae)["W_dec"], saved["W_dec"])
-
-
-def test_signals_interrupt_only_while_a_run_lasts(tmp_path: Path):
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedException), runner.interrupt_signals():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
-    build_runner(runner_config(training_tokens=32)).run()
-    assert signal.getsignal(signal.SIGTERM) is before
+# Interruption: see test_interruption.py.
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_no_checkpoint(tmp_path: Path):
