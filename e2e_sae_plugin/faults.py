@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
+from e2e_sae_plugin.architectures import sae_losses
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.spliced_losses import MicroBatch, downstream_error_sum, kl_sum, splice
 
@@ -73,9 +75,6 @@ def _sae_fault(trainer: SplicedStepTrainer, micro_batches: list[MicroBatch], obj
     output = trainer.sae_forward(trainer.scaled_sae_in(micro_batches))
     if not _finite(output.sae_out):
         return "The SAE's reconstruction is not finite, while the activation that it reads is."
-    for name, loss in output.losses.items():
-        if not _finite(loss):
-            return f"The SAE's own term {name} is not finite."
     for suffix, _, reconstruction in trainer.reconstructions(output):
         chunks = reconstruction.detach().split([micro.n_tokens for micro in micro_batches])
         for micro, chunk in zip(micro_batches, chunks, strict=True):
@@ -83,10 +82,23 @@ def _sae_fault(trainer: SplicedStepTrainer, micro_batches: list[MicroBatch], obj
             if fault is not None:
                 level = f" (of the inner level {suffix[1:]})" if suffix else ""
                 return fault + level + "."
-    gradients = torch.autograd.grad(output.loss, list(trainer.sae.parameters()), allow_unused=True)
-    for (name, _), gradient in zip(trainer.sae.named_parameters(), gradients, strict=True):
-        if gradient is not None and not _finite(gradient):
-            return f"The gradient of the SAE's own losses (sparsity, auxiliary) with respect to {name} is not finite."
+    return _own_fault(trainer, output, objective)
+
+
+def _own_fault(trainer: SplicedStepTrainer, output: TrainStepOutput, objective: Objective) -> str:
+    """The SAE's own terms, as far as the objective counts them, and their gradients."""
+    architecture = trainer.sae.cfg.architecture()
+    ignored = {"mse": objective.mse == 0, "inner_level": objective.mse == 0, "auxiliary": objective.auxiliary == 0}
+    counted = [(name, loss) for name, kind, loss in sae_losses(output, architecture) if not ignored.get(kind, False)]
+    for name, loss in counted:
+        if not _finite(loss):
+            return f"The SAE's own term {name} is not finite."
+    for name, loss in counted:
+        if not loss.requires_grad:
+            continue
+        gradients = torch.autograd.grad(loss, list(trainer.sae.parameters()), retain_graph=True, allow_unused=True)
+        if not all(gradient is None or _finite(gradient) for gradient in gradients):
+            return f"The gradient of the SAE's own term {name} is not finite, while its value is."
     return "It did not come again when the batch was computed again: it depends on the order of the device's sums."
 
 

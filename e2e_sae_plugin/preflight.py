@@ -46,7 +46,7 @@ def check_folders(
         _check_not_another_run(cfg, output, resumed_from)
         needed[output] = weights
     if run_folder is not None:
-        _check_writable("checkpoint_path", run_folder.path)
+        _check_writable("checkpoint_path", run_folder.path.parent)  # the run's own folder is SAELens's addition
         needed[run_folder.path] = (
             weights * 3 * _n_checkpoints_to_come(cfg, run_folder)
         )  # weights and Adam's two moments

@@ -285,6 +285,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             raise
 
     def _save_at_stop(self, trainer: E2ESAETrainer, why: str) -> Path | None:
+        trainer.unfold()
         steps = trainer.n_training_steps
         if trainer.is_updating:  # the optimizer failed half-way: these weights are of no step
             checkpoint, done = trainer.checkpointer.last, "Its weights are incomplete and were not saved"

@@ -270,7 +270,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         Raises:
             NonFiniteError: `max_skipped_steps` in a row were.
         """
-        if self.n_skipped_in_a_row == 0:
+        if self._good_state is None:
             self._good_state = capture(self, last_batch_is_trained=False)
         self.n_skipped_steps += 1
         self.n_skipped_in_a_row += 1

@@ -102,7 +102,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         self.fold_activation_scaling()
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
-            self.save_checkpoint(checkpoint_name=f"final_{self.n_training_samples}", kind="final")
+            self.checkpointer.finished(self)
         return self.sae
 
     def _train_on_next_batch(self) -> TrainStepOutput:
@@ -209,6 +209,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         if self._unfolded is not None:
             weights, self.activation_scaler, self.sae.cfg = self._unfolded
             self.sae.load_state_dict(weights)
+            self._unfolded = None
 
     # Logging.
 

@@ -51,29 +51,33 @@ class Checkpointer:
         due = [n for n in trainer.checkpoint_thresholds if trainer.n_training_samples > n]  # the host's comparison
         if due:
             del trainer.checkpoint_thresholds[: len(due)]
-            self._attempt(trainer, "milestone")
+            self._attempt(trainer, "milestone", str(trainer.n_training_samples))
         elif self.every_minutes is not None and time.monotonic() - self._last_time >= 60 * self.every_minutes:
-            self._attempt(trainer, "rolling")
+            self._attempt(trainer, "rolling", str(trainer.n_training_samples))
+
+    def finished(self, trainer: E2ESAETrainer) -> None:
+        """SAELens's `save_final_checkpoint`: the finished SAE."""
+        self._attempt(trainer, "final", f"final_{trainer.n_training_samples}")
 
     def at_stop(self, trainer: E2ESAETrainer) -> Path | None:
         """A checkpoint of what the run has reached, or the one that holds it already; None where there can be none."""
         if self._last is not None and self._last[0] == trainer.counts_to_save()[0]:
             return self._last[1]
-        return self._attempt(trainer, "rolling")
+        return self.last if self._attempt(trainer, "rolling", str(trainer.counts_to_save()[1])) else None
 
-    def _attempt(self, trainer: E2ESAETrainer, kind: CheckpointKind) -> Path | None:
+    def _attempt(self, trainer: E2ESAETrainer, kind: CheckpointKind, name: str) -> bool:
         self._last_time = time.monotonic()
-        if self.run_folder is None and not (kind == "milestone" and trainer.cfg.logger.log_to_wandb):
-            return None
+        if self.run_folder is None and not (kind != "rolling" and trainer.cfg.logger.log_to_wandb):
+            return False
         try:
-            trainer.save_checkpoint(str(trainer.counts_to_save()[1]), kind=kind)
-            return self.last
+            trainer.save_checkpoint(name, kind=kind)
         except WRITE_ERRORS as error:
             logger.error(
-                "The checkpoint after step %d could not be written (%s); the last whole one is %s.",
-                trainer.n_training_steps, error, self.last or "of an earlier start of the run, or none",
+                "The %s checkpoint after step %d could not be written (%s); the last whole one is %s.",
+                kind, trainer.n_training_steps, error, self.last or "of an earlier start of the run, or none",
             )  # fmt: skip
-            return None
+            return False
+        return True
 
     def write(self, trainer: E2ESAETrainer, run_folder: RunFolder, name: str, kind: CheckpointKind) -> Path:
         """Write one checkpoint.

@@ -22,6 +22,11 @@ STATE_TENSORS_FILENAME = "trainer_state.safetensors"
 OPTIMIZER_FILENAME = "optimizer.safetensors"
 SAE_STATE_FILENAME = "sae_state.safetensors"
 
+_COUNTS = (
+    "n_training_steps", "n_training_samples", "n_frac_active_samples", "n_skipped_steps", "n_skipped_in_a_row",
+    "started_fine_tuning",
+)  # fmt: skip
+
 State = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -37,11 +42,7 @@ def capture(trainer: SplicedStepTrainer, *, last_batch_is_trained: bool = True) 
     if isinstance(trainer.data_provider, TokenStream):
         data_json, data_tensors = trainer.data_provider.state(last_is_trained=last_batch_is_trained)
     state = {
-        "n_training_steps": trainer.n_training_steps,
-        "n_training_samples": trainer.n_training_samples,
-        "n_frac_active_samples": trainer.n_frac_active_samples,
-        "n_skipped_steps": trainer.n_skipped_steps,
-        "started_fine_tuning": trainer.started_fine_tuning,
+        **{name: getattr(trainer, name) for name in _COUNTS},
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "coefficient_schedulers": {
             name: scheduler.state_dict() for name, scheduler in trainer.coefficient_schedulers.items()
@@ -95,9 +96,8 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
     for name, scheduler_state in state["coefficient_schedulers"].items():
         trainer.coefficient_schedulers[name].load_state_dict(scheduler_state)
-    for name in ("n_training_steps", "n_training_samples", "n_frac_active_samples", "n_skipped_steps"):
+    for name in _COUNTS:
         setattr(trainer, name, state[name])
-    trainer.started_fine_tuning = state["started_fine_tuning"]
     device = trainer.act_freq_scores.device
     trainer.act_freq_scores = tensors["act_freq_scores"].to(device)
     trainer.n_forward_passes_since_fired = tensors["n_forward_passes_since_fired"].to(device)
