@@ -13,6 +13,7 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import temporary_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -41,7 +42,12 @@ def build_sae(cfg: E2ESAERunnerConfig) -> TrainingSAE[Any]:
             f"from_pretrained_path={cfg.from_pretrained_path!r} holds no {SAE_WEIGHTS_FILENAME}. Expected a folder that "
             "SAELens or this package saved."
         )
-    state = load_file(weights)
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(weights)!r} (from_pretrained_path) is damaged: {error}. Fetch or save it again."
+        ) from error
     sae.process_state_dict_for_loading(state)
     try:
         sae.load_state_dict(state)

@@ -33,6 +33,14 @@ def check_values(cfg: E2ESAERunnerConfig) -> None:
             _check_type(where + field.name, getattr(part, field.name), field.type)
     if not (math.isfinite(cfg.lr) and cfg.lr > 0):
         raise ValueError(f"lr must be a positive finite number, got {cfg.lr!r}.")
+    if cfg.lr_end is not None and not 0 <= cfg.lr_end < math.inf:
+        raise ValueError(f"lr_end must be a finite number, 0 or more, or None for lr / 10, got {cfg.lr_end!r}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(cfg, name)!r}.")
+    for name in ("hook_name", "model_name", "device"):
+        if not getattr(cfg, name):
+            raise ValueError(f"{name} must not be empty.")
     estimates = cfg.b_dec_init_method == "mean" or cfg.sae.normalize_activations in _ESTIMATED
     for name in (*_AT_LEAST_ONE, *(("n_batches_for_norm_estimate",) if estimates else ())):
         value = getattr(cfg, name)

@@ -86,8 +86,24 @@ class SeekableActivationsStore(ActivationsStore):
         self._n_rows = start.n_rows
         for row in self._rows_after(start):
             self._n_rows += 1
+            if self._n_rows == start.n_rows + 1:
+                self._check_type(row[self.tokens_column])
             yield row[self.tokens_column]
             self.n_dataset_processed += 1
+
+    def _check_type(self, value: Any) -> None:
+        """The host turns numbers of any kind into token ids, and asks a tokenizer that is not there."""
+        if self.is_dataset_tokenized:
+            tokens = torch.as_tensor(value)
+            if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+                raise ValueError(
+                    f"Column {self.tokens_column!r} of the dataset holds {tokens.dtype} numbers, expected integer token ids."
+                )
+        elif getattr(self.model, "tokenizer", None) is None:
+            raise ValueError(
+                f"The dataset holds text (column {self.tokens_column!r}), but the model has no tokenizer. Pre-tokenise the "
+                "dataset (columns 'tokens' or 'input_ids'), or give the model its tokenizer."
+            )
 
     def _iterate_raw_dataset_tokens(self) -> Generator[Tensor, None, None]:
         rest = self._start.rest.to(self.device)

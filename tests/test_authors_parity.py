@@ -139,12 +139,15 @@ class GradientsInsteadOfUpdates(E2ESAETrainer):
 
     gradients: dict[str, Tensor]
 
-    def _update(self) -> None:
+    def _clip_gradients(self) -> bool:
         self.gradients = {
             name: parameter.grad.clone()
             for name, parameter in self.sae.named_parameters()
             if parameter.grad is not None
         }
+        return True
+
+    def _update(self) -> None:
         self.optimizer.zero_grad()
 
 

@@ -1,5 +1,9 @@
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from e2e_sae_plugin import __version__
+from e2e_sae_plugin.checkpoint import read_manifest
 from e2e_sae_plugin.cli import load_config, main, parse_train_config
 from e2e_sae_plugin.objective import Objective
 
@@ -110,3 +115,73 @@ def test_top_level_help_version_and_unknown_command(capsys):
     assert __version__ in capsys.readouterr().out
     assert main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
+
+
+# Real processes.
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A run on a tiny model, from folders alone: 2,000 steps, more than a test waits for."""
+    from helpers import runner_config, tiny_gpt2_model, tiny_tokenizer, token_batch
+
+    tiny_gpt2_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"text": " ".join(f"t{token}" for token in row)}) for row in token_batch(200, 16).tolist()]
+    (tmp_path / "data/train.jsonl").write_text("\n".join(rows))
+    config = runner_config(
+        model_name=str(tmp_path / "model"), model_class_name="AutoModelForCausalLM", hook_name="transformer.h.1",
+        dataset_path=str(tmp_path / "data"), output_path=str(tmp_path / "out"), streaming=False,
+        checkpoint_path=str(tmp_path / "checkpoints"), training_tokens=32 * 2000, lr_scheduler_name="cosineannealing",
+    ).to_dict()  # fmt: skip
+    for name in ("checkpoint_path", "sae_lens_version", "sae_lens_training_version"):
+        config.pop(name)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump({**json.loads(json.dumps(config)), "checkpoint_path": str(tmp_path / "checkpoints")})
+    )
+    return path
+
+
+def e2e_sae(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "e2e_sae_plugin", "train", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_has_the_conventional_status_and_resumes(number: signal.Signals, run_file: Path):
+    process = e2e_sae("--config", str(run_file))
+    log = run_file.parent / "out/metrics.jsonl"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], output[-2000:]
+    assert "Traceback" not in output
+    assert f"{number.name}: stopping after this step." in output
+    checkpoint = output.split("set resume_from_checkpoint='")[1].split("'")[0]
+    steps = read_manifest(Path(checkpoint))["n_training_steps"]
+    assert f"{number.name} at step {steps}. Saved a checkpoint." in output
+    assert 0 < steps < 2000
+    process = e2e_sae("--config", str(run_file), "--resume", "auto")
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output[-2000:]
+    assert f"Resumed from {checkpoint}, after step {steps}." in output
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "losses/kl_loss" in line] == list(range(2000))
+
+
+def test_resume_stands_beside_a_config_file_and_beside_flags(run_file: Path):
+    cfg = parse_train_config(["--config", str(run_file), "--resume", "auto"])
+    assert cfg.resume_from_checkpoint == "auto"
+    cfg = parse_train_config(["--resume", "folder", "--verbose", "False"])
+    assert cfg.resume_from_checkpoint == "folder"
+
+
+def test_a_run_that_cannot_go_on_exits_with_2_and_says_why(run_file: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--config", str(run_file), "--resume", "nowhere"]) == 2
+    assert "resume_from_checkpoint: There is no checkpoint folder 'nowhere'" in capsys.readouterr().err

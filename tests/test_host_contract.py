@@ -12,6 +12,8 @@ from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.standard_sae import StandardTrainingSAE
+from sae_lens.tokenization_and_batching import _add_tokens_to_batch, concat_and_batch_sequences
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
 # (host method, sha256 of its source in sae-lens 6.54.12, what of ours follows it)
@@ -31,11 +33,15 @@ FOLLOWED: list[tuple[Callable[..., Any], str, str]] = [
         "4c5471712766ff467ffac0e84233d34a71feca95345692014ba8fcf64c434747",
         "trainer.E2ESAETrainer.fit and fold_activation_scaling",
     ),
-    (SAETrainer.step, "2ff7739cd5d3f5886c70809aab473ba3fcf62980bac360adefc0de3ea8afde0c", "trainer.E2ESAETrainer.step"),
+    (
+        SAETrainer.step,
+        "2ff7739cd5d3f5886c70809aab473ba3fcf62980bac360adefc0de3ea8afde0c",
+        "step.SplicedStepTrainer.step",
+    ),
     (
         SAETrainer._train_step,
         "f609adeefc260444d2d9256bf3b6e5346469a9f7b258cb92da2f3bcb1f229bc2",
-        "trainer.E2ESAETrainer.step, _sae_forward and _update",
+        "step.SplicedStepTrainer.step, sae_forward, _clip_gradients and _update",
     ),
     (
         SAETrainer._is_logging_step,
@@ -76,6 +82,61 @@ FOLLOWED: list[tuple[Callable[..., Any], str, str]] = [
         MatryoshkaBatchTopKTrainingSAE._iterable_decode,
         "5a5cb4471147216956f1f29be0b82618bf884fc3ed4c879099ba083117ada41f",
         "architectures.inner_reconstructions",
+    ),
+    (
+        SAETrainer.save_checkpoint,
+        "2405b5e2109908a28dc579677c43b839b8d0e708182b74bcdf99771cb2fe3ba7",
+        "trainer.E2ESAETrainer.save_checkpoint and checkpoint.checkpointer",
+    ),
+    (
+        SAETrainer.save_trainer_state,
+        "afd16b5fdddd824d6674af009be437ff00410861b0ebec16ce14dad15d0d060c",
+        "checkpoint.state.capture and save",
+    ),
+    (
+        SAETrainer.load_trainer_state,
+        "57831e00e917d629a233a376a7a3b8b1c071c6b52ea1a49f4fdb8d1d461e768e",
+        "checkpoint.state.load",
+    ),
+    (
+        SAETrainer._checkpoint_if_needed,
+        "c8d7b7f788df8c05a731d01c89659798ac7b43f82188505a492e3894e16ca951",
+        "checkpoint.checkpointer.Checkpointer.after_step",
+    ),
+    (
+        LanguageModelSAETrainingRunner.save_checkpoint,
+        "a5901cfc14246abc8c2d1a9365b3b3d5ab85f5f4efe198a7593a900c7666e0cb",
+        "runner.E2ESAETrainingRunner.save_checkpoint",
+    ),
+    (
+        ActivationsStore._iterate_raw_dataset,
+        "1ee66afe044092e1d83592c2f545ddbcbf4a2f7610497035b28cf7fc50c64cb7",
+        "seekable_store.SeekableActivationsStore",
+    ),
+    (
+        ActivationsStore._iterate_raw_dataset_tokens,
+        "fb14cda814f179b5f70c16d3f132b38b75b0c20960d529a87c06213853e066db",
+        "seekable_store.SeekableActivationsStore",
+    ),
+    (
+        ActivationsStore._iterate_tokenized_sequences,
+        "a07f05522eb24179f13137c75a5799bc2af154c19d80c0ad7be2c6e99d4a15c3",
+        "seekable_store.SeekableActivationsStore",
+    ),
+    (
+        ActivationsStore.get_batch_tokens,
+        "b2c104f2541d7c068310e3d7aed781a4bdace43718901aa57d6c3404b10e78a3",
+        "token_stream.TokenStream",
+    ),
+    (
+        concat_and_batch_sequences,
+        "6dd1e08216ff26b7f74b15026e8a813ba8fb610e3a6d5b3c534230f227ac5922",
+        "seekable_store.untaken_tokens",
+    ),
+    (
+        _add_tokens_to_batch,
+        "833df68b6766ee799c6cd38599e6cc80cba28caeeb8dc0b82a8d0c247befa2bc",
+        "seekable_store.untaken_tokens",
     ),
 ]
 

@@ -98,19 +98,6 @@ def test_a_step_that_fails_is_not_counted_so_that_a_resumed_run_does_it_again(mo
     assert trainer.n_frac_active_samples == 32
 
 
-def test_a_checkpoint_holds_as_many_steps_as_it_holds_tokens(monkeypatch: pytest.MonkeyPatch):
-    trainer = trainer_on_data("topk", n_checkpoints=2, training_tokens=320, save_final_checkpoint=False)
-    counts: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        trainer,
-        "save_checkpoint",
-        lambda **_: counts.append((trainer.n_training_steps, trainer.n_training_samples)),
-    )
-    trainer.fit()
-    assert len(counts) == 2
-    assert all(samples == 32 * steps for steps, samples in counts)
-
-
 def test_sampled_matryoshka_levels_follow_from_the_step_alone():
     """So that a resumed run draws what the run would have drawn."""
     levels = {}

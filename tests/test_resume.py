@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -67,6 +69,7 @@ def end_state(runner: Any, name: str = "out") -> dict[str, Any]:
     (final,) = [path for path, manifest in runner.run_folder.checkpoints() if manifest["kind"] == "final"]
     state = json.loads((final / "trainer_state.json").read_text())
     del state["data"]["rows_state"]  # `datasets` has several ways to write the same place
+    del state["random"]["python"]  # beartype draws from it, and checks what the writing of a checkpoint calls too
     return {
         "sae": (output / "sae_weights.safetensors").read_bytes(),
         "sparsity": (output / "sparsity.safetensors").read_bytes(),
@@ -99,6 +102,20 @@ def resume_each(tmp_path: Path, whole_runner: Any, dataset: Any = None, model: A
         assert resumed.run_folder.path == ours.parent
         assert_same_run(resumed, whole)
     return len(chosen)
+
+
+def test_random_states_are_those_of_the_checkpoint(tmp_path: Path):
+    whole = run(tmp_path)
+    trainer = whole._build_trainer()
+    checkpoint = checkpoints(whole)[2]
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["random"]
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    trainer.load_trainer_state(checkpoint)
+    assert json.loads(json.dumps(random.getstate())) == saved["python"]
+    assert np.random.get_state()[1].tolist() == saved["numpy"][1]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    assert torch.get_rng_state().equal(load_file(checkpoint / "trainer_state.safetensors")["random.torch"])
 
 
 # Every architecture, schedule and normalisation.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import Any, Literal
 MANIFEST_FILENAME = "manifest.json"
 FORMAT = 1
 PARTIAL_SUFFIX, REPLACED_SUFFIX = ".partial", ".replaced"
+
+_PROCESS = uuid.uuid4().hex[:8]
 
 CheckpointKind = Literal["milestone", "rolling", "final"]
 """`milestone`: one of `n_checkpoints`, kept; `rolling`: by the clock or at a stop, the newest few are kept; `final`: the
@@ -38,7 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
+    mark = _owner_mark()
     temporary = parent / f".{target.name}.{mark}{PARTIAL_SUFFIX}"
     temporary.mkdir()
     try:
@@ -66,7 +69,7 @@ def whole_files(folder: Path, last: str) -> Iterator[Path]:
         last: the file that is moved last, and whose old version goes first: who sees it sees all the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
+    temporary = folder / f".files.{_owner_mark()}{PARTIAL_SUFFIX}"
     temporary.mkdir()
     try:
         yield temporary
@@ -88,20 +91,44 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Clear away what a killed process left in `parent`: half-written folders; a replaced one whose place is empty comes
-    back."""
-    for path in parent.glob(f".*{REPLACED_SUFFIX}"):
+    """Clear away what killed processes left in `parent`: half-written folders; a replaced one whose place is empty comes
+    back. What a living process, or one on another machine, is writing stays."""
+    for path in sorted(parent.glob(f".*{REPLACED_SUFFIX}")):
         place = parent / path.name[1:].removesuffix(REPLACED_SUFFIX).rpartition(".")[0]
-        if not place.exists():
+        if _is_abandoned(path) and not place.exists():
             path.rename(place)
-    for suffix in (REPLACED_SUFFIX, PARTIAL_SUFFIX):
-        for path in parent.glob(f".*{suffix}"):
+    for path in [*parent.glob(f".*{REPLACED_SUFFIX}"), *parent.glob(f".*{PARTIAL_SUFFIX}")]:
+        if _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _owner_mark() -> str:
+    """Who is writing, in the name of a temporary folder."""
+    return f"{_host()}+{os.getpid()}+{_PROCESS}+{uuid.uuid4().hex[:8]}"
+
+
+def _host() -> str:
+    return "".join(character if character.isalnum() else "-" for character in socket.gethostname())
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    host, pid, process, _ = [*temporary.stem.rpartition(".")[2].split("+"), "", "", "", ""][:4]
+    if host != _host() or not pid.isdigit():
+        return False
+    if int(pid) == os.getpid():  # ours, or of a container that had the same number before it was restarted
+        return process != _PROCESS
+    try:
+        os.kill(int(pid), 0)  # no signal: only whether there is such a process
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # somebody else's, and alive
+    return False
 
 
 def discard(folder: Path) -> None:
     """Remove a folder; a reader sees it whole or not at all."""
-    hidden = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
+    hidden = folder.parent / f".{folder.name}.{_owner_mark()}{PARTIAL_SUFFIX}"
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 

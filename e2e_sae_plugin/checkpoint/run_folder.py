@@ -47,9 +47,9 @@ class RunFolder:
         return target
 
     def clean(self) -> None:
-        """Clear away what a killed process of this run left half done."""
-        if self.path.is_dir():
-            recover(self.path)
+        """Clear away what killed processes of this run, under whatever start's name, have left half done."""
+        for folder in visible_folders(self.path.parent):
+            recover(folder)
 
     def checkpoints(self) -> list[tuple[Path, dict[str, Any]]]:
         """Every checkpoint with a readable manifest, and that manifest; the newest first."""
