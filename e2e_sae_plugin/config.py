@@ -86,7 +86,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             activations (normalised as the SAE trains on them) in `n_batches_for_norm_estimate` batches. It keeps features
             from being spent on the mean, which in some models is most of an activation's norm.
         checkpoint_every_minutes (float, optional): write a checkpoint when so many minutes have passed since the last one.
-            Default 30; None for none. Beside them come the `n_checkpoints` of SAELens, spread over the run, and one when
+            Default 15; None for none. Beside them come the `n_checkpoints` of SAELens, spread over the run, and one when
             the run is interrupted or fails. All go to a folder of the run's own below `checkpoint_path`.
         keep_checkpoints (int): how many of those by the clock are kept, the newest ones; default 2. The `n_checkpoints` of
             SAELens all stay.
@@ -106,7 +106,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     max_grad_norm: float | None = 1.0
     local_first: float = 0.0
     b_dec_init_method: Literal["zeros", "mean"] = "zeros"
-    checkpoint_every_minutes: float | None = 30.0
+    checkpoint_every_minutes: float | None = 15.0
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
     overwrite_output: bool = False

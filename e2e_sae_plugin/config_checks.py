@@ -150,8 +150,8 @@ def check_schedule(cfg: E2ESAERunnerConfig) -> None:
             f"lr_decay_steps={cfg.lr_decay_steps} has nothing to decay from: lr_end is 0. Leave one of them out."
         )
     every = cfg.checkpoint_every_minutes
-    if every is not None and not every > 0:
-        raise ValueError(f"checkpoint_every_minutes must be above 0, or None for none, got {every!r}.")
+    if every is not None and not 0 < every < math.inf:
+        raise ValueError(f"checkpoint_every_minutes must be a finite number above 0, or None for none, got {every!r}.")
     if cfg.checkpoint_path is not None:
         return
     defaults = {field.name: field.default for field in fields(cfg)}
