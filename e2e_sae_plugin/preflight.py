@@ -76,30 +76,31 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _check_not_another_run(cfg: E2ESAERunnerConfig, output: Path, resumed_from: Path | None) -> None:
-    """A run marks its output folder with its config when it begins."""
+    another = holds_another_run(cfg, output)
+    if another is not None and not cfg.overwrite_output:
+        raise ValueError(
+            f"output_path={str(output)!r} holds {another}\nChoose another output_path, move that folder away, or set "
+            "overwrite_output=True."
+        )
+    if another is None and resumed_from is None and (output / METRICS_FILENAME).exists():
+        logger.warning("%s holds an earlier start of this very run; it is trained again and replaced.", output)
+
+
+def holds_another_run(cfg: E2ESAERunnerConfig, output: Path) -> str | None:
+    """What `output` holds that is not this run's; None for nothing. A run marks its folder with its config when it
+    begins."""
     theirs = output / E2E_CFG_FILENAME
-    if cfg.overwrite_output:
-        return
-    cure = "Choose another output_path, move that folder away, or set overwrite_output=True."
     if theirs.exists():
         try:
             differences = config_differences(read_saved_config(theirs), cfg)
         except DamagedCheckpointError as error:
-            raise ValueError(f"output_path={str(output)!r} holds another run, and {error} {cure}") from None
-        if differences:
-            raise ValueError(
-                f"output_path={str(output)!r} holds another run, which would be overwritten. It differs in:\n  "
-                + "\n  ".join(differences)
-                + f"\n{cure}"
-            )
-        if resumed_from is None and (output / METRICS_FILENAME).exists():
-            logger.warning("%s holds an earlier start of this very run; it is trained again and replaced.", output)
-        return
+            return f"another run, which would be overwritten: {error}"
+        differing = "\n  ".join(differences)
+        return f"another run, which would be overwritten. It differs in:\n  {differing}" if differences else None
     for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME):
         if (output / name).exists():
-            raise ValueError(
-                f"output_path={str(output)!r} holds another SAE ({name}), which would be overwritten. {cure}"
-            )
+            return f"another SAE ({name}), which would be overwritten."
+    return None
 
 
 def _n_checkpoints_to_come(cfg: E2ESAERunnerConfig, run_folder: RunFolder) -> int:

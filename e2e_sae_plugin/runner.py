@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 import wandb
 from sae_lens.config import HfDataset
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
@@ -27,7 +27,13 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.interruption import RunInterrupted, stop_on_signals
 from e2e_sae_plugin.metrics_log import MetricsLog
-from e2e_sae_plugin.preflight import check_device, check_folders, check_model_shape, check_wandb_login
+from e2e_sae_plugin.preflight import (
+    check_device,
+    check_folders,
+    check_model_shape,
+    check_wandb_login,
+    holds_another_run,
+)
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 from e2e_sae_plugin.summary import summarise
@@ -229,6 +235,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             folder = Path(self.cfg.output_path)
             folder.mkdir(parents=True, exist_ok=True)
             recover(folder)
+            if self.cfg.overwrite_output and holds_another_run(self.cfg, folder):
+                for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
+                    (folder / name).unlink(missing_ok=True)  # or they would pass for this run's
             write_whole(folder / E2E_CFG_FILENAME, json.dumps(self.cfg.to_dict(), indent=2) + "\n")
 
     def save_final_sae(
@@ -280,6 +289,10 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             number = trainer.stop_request.signal_number
             checkpoint = self._save_at_stop(trainer, signal.Signals(number).name)
             raise RunInterrupted(number, checkpoint) from None
+        except KeyboardInterrupt:
+            if trainer.checkpointer.last is not None:
+                logger.warning("Stopped at once. %s", self._how_to_resume(trainer.checkpointer.last))
+            raise
         except Exception as error:
             self._save_at_stop(trainer, type(error).__name__)
             raise

@@ -220,6 +220,17 @@ def test_another_run_in_the_output_folder_is_not_overwritten(tmp_path: Path, mon
     assert content(tmp_path / "out")["sae_weights.safetensors"] != before["sae_weights.safetensors"]
 
 
+def test_overwriting_leaves_nothing_of_the_run_before(tmp_path: Path):
+    """Not even while the new one is still training, when its config is there already."""
+    finished_run(tmp_path / "out")
+    config = runner_config(output_path=str(tmp_path / "out"), lr=0.5, overwrite_output=True)
+    runner = E2ESAETrainingRunner(config, override_dataset=token_dataset(), override_model=tiny_hooked_transformer())
+    runner._mark_output()
+    assert set(content(tmp_path / "out")) == {"e2e_runner_cfg.json", "metrics.jsonl"}
+    runner.run()
+    assert "sae_weights.safetensors" in content(tmp_path / "out")
+
+
 def test_the_same_run_may_be_repeated_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     finished_run(tmp_path / "out")
     before = content(tmp_path / "out")
@@ -236,7 +247,7 @@ def test_a_run_that_has_only_begun_and_an_sae_of_others_are_protected_too(tmp_pa
     (begun / "e2e_runner_cfg.json").write_text(json.dumps(runner_config(seed=5).to_dict()))
     refused("holds another run.*(?s:.)*seed: 5 -> 42", output_path=str(begun))
     (begun / "e2e_runner_cfg.json").write_text("{")
-    refused("holds another run, and .*e2e_runner_cfg.json' is damaged", output_path=str(begun))
+    refused("holds another run, which would be overwritten: .*e2e_runner_cfg.json' is damaged", output_path=str(begun))
     others.mkdir()
     (others / "cfg.json").write_text("{}")
     refused(r"holds another SAE \(cfg.json\), which would be overwritten", output_path=str(others))

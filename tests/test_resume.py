@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from e2e_sae_plugin import E2ESAETrainingRunner, Objective, seekable_store
 from e2e_sae_plugin.checkpoint import DamagedCheckpointError, read_manifest, verify_checkpoint
+from e2e_sae_plugin.checkpoint.resume import config_differences
 from e2e_sae_plugin.token_stream import TokenStream
 
 # Every step but the first is a place to go on from.
@@ -289,6 +290,17 @@ def test_a_config_that_differs_in_what_matters_is_refused_with_the_differences(t
         run(tmp_path, resume_from_checkpoint=str(checkpoint), objective=Objective.e2e_downstream(1.0))
     with pytest.raises(ValueError, match=r"sae\.architecture: 'standard' -> 'topk'"):
         run(tmp_path, resume_from_checkpoint=str(checkpoint), architecture="topk")
+
+
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(tmp_path: Path):
+    config = runner_config(local_first=0.0, objective=Objective(matryoshka_levels="all"))
+    saved = config.to_dict()
+    del saved["local_first"], saved["objective"]["matryoshka_levels"], saved["sae"]["lp_norm"]
+    assert config_differences(saved, config) == []
+    assert config_differences({**saved, "later_field": 3}, config) == ["later_field: 3 -> '(absent)'"]
+    changed = runner_config(max_grad_norm=2.0)
+    older = {name: value for name, value in changed.to_dict().items() if name != "max_grad_norm"}
+    assert config_differences(older, changed) == ["max_grad_norm: 1.0 -> 2.0"]
 
 
 def test_what_does_not_matter_may_differ(tmp_path: Path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from e2e_sae_plugin.checkpoint.folder import (
@@ -40,12 +42,24 @@ _ABSENT = "(absent)"
 
 def config_differences(saved: dict[str, Any], cfg: E2ESAERunnerConfig) -> list[str]:
     """Settings of a saved `e2e_runner_cfg.json` that make it another run than `cfg`'s, as "name: saved -> now"."""
-    then, now = _flat(saved), _flat(json.loads(json.dumps(cfg.to_dict())))
+    then, now = _flat(saved), _flat(_as_json(cfg.to_dict()))
+    defaults = _flat(_as_json({**_defaults(cfg), "sae": _defaults(cfg.sae), "objective": _defaults(cfg.objective)}))
+    for name in now.keys() - then.keys() & defaults.keys():
+        then[name] = defaults[name]  # of a version that had no such field yet
     return [
         f"{name}: {then.get(name, _ABSENT)!r} -> {now.get(name, _ABSENT)!r}"
         for name in sorted(then.keys() | now.keys())
         if then.get(name, _ABSENT) != now.get(name, _ABSENT)
     ]
+
+
+def _as_json(config: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(config))
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    simple = (bool, int, float, str, NoneType)
+    return {field.name: field.default for field in dataclasses.fields(config) if isinstance(field.default, simple)}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
