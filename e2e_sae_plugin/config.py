@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -112,6 +113,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     overwrite_output: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("output_path", "checkpoint_path", "resume_from_checkpoint", "from_pretrained_path"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must name a folder, or be None; got an empty string.")
         check_values(self)
         self._check_fields()
         super().__post_init__()

@@ -56,7 +56,10 @@ def find_fault(trainer: SplicedStepTrainer, batch: Tensor) -> str:
 
 def _clean_fault(trainer: SplicedStepTrainer, micro_batches: list[MicroBatch]) -> str | None:
     precision = "autocast_lm=True" if trainer.runner_cfg.autocast_lm else "its dtype"
-    cure = f"The language model overflows by itself, without the SAE, under {precision}: run it in a wider dtype."
+    cure = (
+        f"The language model overflows by itself, without the SAE, under {precision}: run it in a wider dtype, or leave the "
+        "data out, if it is right otherwise."
+    )
     for micro in micro_batches:
         parts = {f"the activation at {trainer.runner_cfg.hook_name}": micro.clean.activation}
         parts |= {f"the activation at {hook}": value for hook, value in micro.clean.downstream.items()}

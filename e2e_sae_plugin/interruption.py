@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the step, save, and say so; a second one stops at once."""
+"""SIGINT, SIGTERM and SIGHUP: finish the step, save, and say so; a second one stops at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class RunInterrupted(SystemExit):
@@ -17,12 +17,24 @@ class RunInterrupted(SystemExit):
 
     Args:
         signal_number: 2 for SIGINT, 15 for SIGTERM.
-        checkpoint: from which the run goes on; None where none could be written.
+        checkpoint: from which the run goes on; None where none could be written, or the run was finished.
+
+    After SIGINT it is a `KeyboardInterrupt` too (`RunInterruptedByUser`), for those who catch that.
     """
 
     def __init__(self, signal_number: int, checkpoint: Path | None):
         super().__init__(128 + signal_number)
         self.signal_number, self.checkpoint = signal_number, checkpoint
+
+
+class RunInterruptedByUser(RunInterrupted, KeyboardInterrupt):
+    """`RunInterrupted` after SIGINT."""
+
+
+def run_interrupted(signal_number: int, checkpoint: Path | None) -> RunInterrupted:
+    """The exception for a signal."""
+    kind = RunInterruptedByUser if signal_number == signal.SIGINT else RunInterrupted
+    return kind(signal_number, checkpoint)
 
 
 class StopRequest:
@@ -36,25 +48,29 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first SIGINT or SIGTERM in the request that is handed out, instead of acting on it.
+    """Note the first of `SIGNALS` in the request that is handed out, instead of acting on it.
 
-    A second signal acts at once: SIGINT raises `KeyboardInterrupt`, SIGTERM ends the process. The handlers before are
-    restored after. Outside the main thread, where Python allows no handlers, nothing is touched.
+    A second signal acts at once: SIGINT raises `KeyboardInterrupt`, the others end the process. The handlers before are
+    restored after. A signal that was ignored before (`nohup`, a shell's background jobs) stays ignored. Outside the main
+    thread, where Python allows no handlers, nothing is touched.
     """
     request = StopRequest()
 
+    installed: dict[int, Any] = {}
+
     def note(number: int, _frame: Any) -> None:
         request.signal_number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in installed:
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
         # Not through logging or print, whose streams the signal may have interrupted in the middle of a write.
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):
             os.write(2, f"\n{name}: stopping after this step. A second signal stops at once.\n".encode())
 
-    installed: dict[int, Any] = {}
     try:
         for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 installed[number] = signal.signal(number, note)
             except ValueError:

@@ -6,8 +6,12 @@ import json
 import logging
 import math
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from e2e_sae_plugin.checkpoint.folder import whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ class MetricsLog:
         self.path: Path | None = None
         self._pending = ""
         self._n_bytes = 0
+        self._last_line = ""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.path = folder / METRICS_FILENAME
@@ -61,7 +66,7 @@ class MetricsLog:
                 file.write(self._pending.encode())
                 file.flush()
             self._n_bytes += len(self._pending.encode())
-            self._pending = ""
+            self._last_line, self._pending = text, ""
         except OSError as error:
             if not was_pending:
                 logger.error("Cannot write %s (%s); its lines are kept in memory until it can be.", self.path, error)
@@ -73,22 +78,41 @@ class MetricsLog:
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
-        return {"n_bytes": self._n_bytes, "pending": self._pending}
+        return {"n_bytes": self._n_bytes, "pending": self._pending, "last_line": self._last_line}
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Cut off what was logged after `state` was taken: the steps since then are trained, and logged, again."""
+    def resume(self, state: dict[str, Any], n_training_samples: int, earlier: Path | None = None) -> None:
+        """Cut off what was logged after `state` was taken: the steps since then are trained, and logged, again.
+
+        Args:
+            n_training_samples: of the checkpoint.
+            earlier: folder of the run so far, whose log is copied where this one has none.
+        """
         if self.path is None:
             return
-        there = self.path.stat().st_size if self.path.exists() else 0
-        if there < state["n_bytes"]:
+        if not self.path.exists() and earlier is not None and (earlier / METRICS_FILENAME).is_file():
+            shutil.copy(earlier / METRICS_FILENAME, self.path)
+        content = self.path.read_bytes() if self.path.exists() else b""
+        kept = content[: state["n_bytes"]]
+        if len(kept) < state["n_bytes"] or not kept.endswith(state["last_line"].encode()):
+            kept = b"".join(_lines_until(content, n_training_samples))
             logger.warning(
-                "%s holds %d bytes of the %d that the run had logged at the checkpoint; it goes on from what is there.",
-                self.path, there, state["n_bytes"],
+                "%s is not what it was at the checkpoint; it goes on after %d whole lines of steps until then.",
+                self.path, kept.count(b"\n"),
             )  # fmt: skip
-        else:
-            os.truncate(self.path, state["n_bytes"]) if there else None
-        self._n_bytes = min(there, state["n_bytes"])
-        self._pending = state["pending"]
+        if kept != content:
+            with whole_files(self.path.parent, last=METRICS_FILENAME) as folder:
+                (folder / METRICS_FILENAME).write_bytes(kept)
+        self._n_bytes, self._pending = len(kept), state["pending"]
+        self._last_line = kept[kept.rfind(b"\n", 0, -1) + 1 :].decode()
+
+
+def _lines_until(content: bytes, n_training_samples: int) -> Iterator[bytes]:
+    for line in content.splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["n_training_samples"] <= n_training_samples:
+                yield line
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def _json_number(value: float) -> float | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -12,14 +13,14 @@ from typing import Any
 
 import torch
 import wandb
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig
 
-from e2e_sae_plugin.checkpoint.folder import DamagedCheckpointError
-from e2e_sae_plugin.checkpoint.resume import E2E_CFG_FILENAME, config_differences, read_saved_config
+from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME, MANIFEST_FILENAME, DamagedCheckpointError
+from e2e_sae_plugin.checkpoint.resume import config_differences, read_saved_config
 from e2e_sae_plugin.checkpoint.run_folder import RunFolder
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.metrics_log import METRICS_FILENAME
@@ -54,36 +55,56 @@ def check_folders(
 
 
 def _check_writable(field: str, path: Path) -> None:
-    there = _nearest_existing(path)
-    if not there.is_dir():
-        raise ValueError(f"{field}={str(path)!r} cannot be a folder: {str(there)!r} is a file. Choose another {field}.")
-    probe = there / f".write-test-{uuid.uuid4().hex[:8]}"
     try:
+        there = _nearest_existing(path)
+        if not there.is_dir():
+            raise ValueError(f"{field}={str(path)!r} cannot be a folder: {str(there)!r} is no folder. Choose another.")
+        probe = there / f".write-test-{uuid.uuid4().hex[:8]}"
         probe.touch()
         probe.unlink()
+        if len(os.fsencode(path.name)) > os.pathconf(there, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except OSError as error:
         raise ValueError(
-            f"{field}={str(path)!r} cannot be written: {error.strerror or error} in {str(there)!r}. Choose another {field}, "
-            "or change the folder's permissions."
+            f"{field}={str(path)!r} cannot be written: {error.strerror or error}. Choose another {field}, or change the "
+            "folder's permissions."
         ) from None
 
 
 def _nearest_existing(path: Path) -> Path:
+    """The path itself or the first folder above it; a link that leads nowhere counts as there."""
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.path.lexists(path) and path != path.parent:
         path = path.parent
     return path
 
 
 def _check_not_another_run(cfg: E2ESAERunnerConfig, output: Path, resumed_from: Path | None) -> None:
-    another = holds_another_run(cfg, output)
-    if another is not None and not cfg.overwrite_output:
+    if (output / MANIFEST_FILENAME).exists():
         raise ValueError(
-            f"output_path={str(output)!r} holds {another}\nChoose another output_path, move that folder away, or set "
+            f"output_path={str(output)!r} is a checkpoint, which would be damaged. Choose another output_path."
+        )
+    if (output / METRICS_FILENAME).is_dir():
+        raise ValueError(
+            f"output_path={str(output)!r} holds a folder named {METRICS_FILENAME}. Choose another output_path."
+        )
+    if cfg.overwrite_output:
+        return
+    theirs = holds_another_run(cfg, output)
+    if theirs is None and resumed_from is None and is_finished(output):
+        theirs = "the finished SAE of this very run, which would be trained again and overwritten."
+    if theirs is not None:
+        raise ValueError(
+            f"output_path={str(output)!r} holds {theirs}\nChoose another output_path, move that folder away, or set "
             "overwrite_output=True."
         )
-    if another is None and resumed_from is None and (output / METRICS_FILENAME).exists():
-        logger.warning("%s holds an earlier start of this very run; it is trained again and replaced.", output)
+    if resumed_from is None and (output / METRICS_FILENAME).exists():
+        logger.warning("%s holds an earlier start of this very run, which did not finish; it begins anew.", output)
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run has saved its SAE there; `cfg.json` is the last of its files."""
+    return (output / SAE_CFG_FILENAME).exists()
 
 
 def holds_another_run(cfg: E2ESAERunnerConfig, output: Path) -> str | None:
@@ -97,9 +118,9 @@ def holds_another_run(cfg: E2ESAERunnerConfig, output: Path) -> str | None:
             return f"another run, which would be overwritten: {error}"
         differing = "\n  ".join(differences)
         return f"another run, which would be overwritten. It differs in:\n  {differing}" if differences else None
-    for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME):
+    for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, METRICS_FILENAME):
         if (output / name).exists():
-            return f"another SAE ({name}), which would be overwritten."
+            return f"another SAE or run ({name}), which would be overwritten."
     return None
 
 

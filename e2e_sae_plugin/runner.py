@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import wandb
+from sae_lens import SAE
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
@@ -21,11 +22,13 @@ from tqdm.auto import tqdm
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, quiet_override_warning, reading_dataset
 from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
-from e2e_sae_plugin.checkpoint.folder import recover, whole_files, write_whole
-from e2e_sae_plugin.checkpoint.resume import E2E_CFG_FILENAME, find_checkpoint, run_folder_of
+from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME, recover, whole_files, write_whole
+from e2e_sae_plugin.checkpoint.identity import identity_differences, run_identity
+from e2e_sae_plugin.checkpoint.lock import locked
+from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, read_saved_config, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import measure
-from e2e_sae_plugin.interruption import RunInterrupted, stop_on_signals
+from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.preflight import (
     check_device,
@@ -33,6 +36,7 @@ from e2e_sae_plugin.preflight import (
     check_model_shape,
     check_wandb_login,
     holds_another_run,
+    is_finished,
 )
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.splice import SplicedModel, splice_into
@@ -79,10 +83,14 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if cfg.logger.log_to_wandb:
             check_wandb_login()
         check_device(cfg)
-        self.resumed_from = find_checkpoint(cfg)
+        self.identity = run_identity(override_model, override_sae)
+        self.is_finished = cfg.resume_from_checkpoint == AUTO and self._output_is_finished(cfg)
+        self.has_run = False
+        self.resumed_from = None if self.is_finished else find_checkpoint(cfg, self.identity)
         self.run_folder = run_folder_of(cfg, self.resumed_from)
         sae = build_sae(cfg) if override_sae is None else override_sae
-        check_folders(cfg, sae, self.run_folder, self.resumed_from)
+        if not self.is_finished:
+            check_folders(cfg, sae, self.run_folder, self.resumed_from)
         if override_model is None:
             check_model_shape(cfg)
         own_model = load_model_for(cfg) if override_model is None else None
@@ -94,6 +102,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 override_sae=sae,
             )
             store = self._seekable_store()
+        self.identity = run_identity(self.model, override_sae)
+        if self.resumed_from is not None:
+            check_identity(self.resumed_from, self.identity)
         self.spliced_model = self._splice(needs_downstream=cfg.objective.beta > 0)
         check_model_and_sae(self.spliced_model, self.sae, cfg)
         self.evaluation_model = self._evaluation_model()
@@ -109,22 +120,38 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             check_evaluation_tokens(held_out, cfg.context_size, self.spliced_model.vocabulary)
         self.evaluation_tokens = held_out if cfg.n_eval_batches > 0 else None
 
-    def run(self) -> TrainingSAE[Any]:
-        """Train, save, and return the SAE.
+    def run(self) -> SAE[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Train, save, and return the SAE; of a run that `"auto"` finds finished, the SAE that it has saved.
 
         Re-implemented because the host builds its trainer inside `run`; a test fails when the installed host's version
         of it changes.
         """
-        self._set_sae_metadata()
-        if self.cfg.logger.log_to_wandb:
-            self._start_wandb()
-        with stop_on_signals() as stop_request:
+        if self.is_finished:
+            assert self.cfg.output_path is not None
+            with locked(Path(self.cfg.output_path)):
+                self._clear_leftovers()
+            self._say(f"This run is finished: its SAE is in {self.cfg.output_path}. There is nothing to do.")
+            return SAE.load_from_disk(self.cfg.output_path, device=str(self.cfg.device))
+        if self.has_run:
+            raise RuntimeError(
+                "This runner has run already: its SAE is no longer a new one. Build another runner; to go on with an "
+                "interrupted run, with resume_from_checkpoint set."
+            )
+        self.has_run = True
+        output = None if self.cfg.output_path is None else Path(self.cfg.output_path)
+        with (
+            locked(*([] if output is None else [output]), *self._checkpoint_folders()),
+            stop_on_signals() as stop_request,
+        ):
+            self._set_sae_metadata()
+            if self.cfg.logger.log_to_wandb:
+                self._start_wandb()
+            self._mark_output()
             trainer = self._build_trainer()
             trainer.stop_request = stop_request
-            self._mark_output()
             if self.resumed_from is not None:
                 trainer.load_trainer_state(self.resumed_from)
-                logger.info("Resumed from %s, after step %d.", self.resumed_from, trainer.n_training_steps)
+                self._say(f"Resumed from {self.resumed_from}, after step {trainer.n_training_steps}.")
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
             if self.cfg.output_path is not None:
@@ -133,9 +160,30 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 wandb.finish()
             if self.cfg.verbose:
                 tqdm.write(summarise(trainer, self.cfg))
-        if stop_request.signal_number is not None:  # it came when the last step was done: the run is finished and saved
-            raise RunInterrupted(stop_request.signal_number, None)
+        if stop_request.signal_number is not None:  # it came when the last step was done
+            logger.warning("The run was finished and saved when the signal came; there is nothing to resume.")
+            raise run_interrupted(stop_request.signal_number, None)
         return sae
+
+    def _say(self, text: str) -> None:
+        """What a user has to see, also in a script that has not set up logging."""
+        if self.cfg.verbose:
+            tqdm.write(text)
+        else:
+            logger.info("%s", text)
+
+    def _output_is_finished(self, cfg: E2ESAERunnerConfig) -> bool:
+        if cfg.output_path is None or cfg.overwrite_output:
+            return False
+        output = Path(cfg.output_path)
+        if not is_finished(output) or holds_another_run(cfg, output) is not None:
+            return False
+        metadata = read_saved_config(output / SAE_CFG_FILENAME).get("metadata", {})
+        return not identity_differences({"identity": metadata.get("run_identity") or {}}, self.identity)
+
+    def _checkpoint_folders(self) -> list[Path]:
+        """The folder of the run's checkpoints, once there is one."""
+        return [self.run_folder.path] if self.run_folder is not None and self.run_folder.path.is_dir() else []
 
     # The parts, each replaceable by a subclass.
 
@@ -181,6 +229,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             save_checkpoint_fn=self.save_checkpoint,
             excluded_tokens=self.activations_store.exclude_special_tokens,
             run_folder=self.run_folder,
+            identity=self.identity,
         )
 
     def _evaluate(self, trainer: E2ESAETrainer) -> dict[str, float]:
@@ -225,17 +274,23 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.sae.cfg.metadata.objective = self.cfg.objective.to_dict()
         self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)
+        self.sae.cfg.metadata.run_identity = self.identity
         self.sae.cfg.metadata.e2e_sae_plugin_version = __version__
 
-    def _mark_output(self) -> None:
-        """Say at once whose folder it is, so that another run does not take it; and clear what a killed one left."""
+    def _clear_leftovers(self) -> None:
+        """What killed starts of the run have left half done."""
         if self.run_folder is not None:
             self.run_folder.clean()
         if self.cfg.output_path is not None:
+            recover(Path(self.cfg.output_path))
+
+    def _mark_output(self) -> None:
+        """Say at once whose folder it is, so that another run does not take it; and clear what a killed one left."""
+        self._clear_leftovers()
+        if self.cfg.output_path is not None:
             folder = Path(self.cfg.output_path)
             folder.mkdir(parents=True, exist_ok=True)
-            recover(folder)
-            if self.cfg.overwrite_output and holds_another_run(self.cfg, folder):
+            if self.cfg.overwrite_output and self.resumed_from is None:
                 for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
                     (folder / name).unlink(missing_ok=True)  # or they would pass for this run's
             write_whole(folder / E2E_CFG_FILENAME, json.dumps(self.cfg.to_dict(), indent=2) + "\n")
@@ -288,7 +343,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         except Stopped:
             number = trainer.stop_request.signal_number
             checkpoint = self._save_at_stop(trainer, signal.Signals(number).name)
-            raise RunInterrupted(number, checkpoint) from None
+            raise run_interrupted(number, checkpoint) from None
         except KeyboardInterrupt:
             if trainer.checkpointer.last is not None:
                 logger.warning("Stopped at once. %s", self._how_to_resume(trainer.checkpointer.last))

@@ -284,8 +284,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.last_good_state = self._good_state
             raise NonFiniteError(
                 f"{self.n_skipped_in_a_row} steps in a row (max_skipped_steps), up to step {self.n_training_steps}, had a "
-                f"loss or gradient that is not finite. None of them has reached the weights. {fault} Lower lr or "
-                "max_grad_norm, use a wider dtype, or leave the data out."
+                f"loss or gradient that is not finite. None of them has reached the weights. {fault}"
             )
         logger.warning("Step %d is skipped: its loss or gradient is not finite. %s", self.n_training_steps, fault)
 

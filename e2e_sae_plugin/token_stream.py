@@ -132,7 +132,8 @@ class TokenStream:
             raise ValueError(
                 "The held-out sequences at the head of the dataset are not those that the checkpoint was made with, so the "
                 "run cannot go on with the same data. Use the same dataset, tokenizer, n_eval_batches, "
-                "eval_batch_size_prompts (or store_batch_size_prompts where that is None) and evaluation tokens."
+                "eval_batch_size_prompts (or store_batch_size_prompts where that is None) and evaluation tokens; give a "
+                "shuffle() its seed."
             )
         rows = RowPosition(state["n_rows"], tensors["rest"], state["rows_state"])
         place = _Place(state["epoch"], state["n_sequences"], rows)
@@ -142,7 +143,7 @@ class TokenStream:
             raise ValueError(
                 f"The dataset is not the one that the checkpoint was made with: from sequence {place.n_sequences} of epoch "
                 f"{place.epoch + 1} (dataset row {rows.n_rows}) on it holds other tokens than those that were trained on. "
-                "Use the same dataset, in the same order, and the same tokenizer."
+                "Use the same dataset, in the same order (give a shuffle() its seed), and the same tokenizer."
             )
 
     def _goes_on_from(self, place: _Place, state: dict[str, Any]) -> bool:

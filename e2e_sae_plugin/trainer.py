@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.step import SplicedStepTrainer
 
+logger = logging.getLogger(__name__)
+
 HeldOutEvaluator = Callable[["E2ESAETrainer"], dict[str, float]]
 """Measures a trainer's SAE as it stands; its metrics go to the log."""
 
@@ -57,6 +61,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         save_checkpoint_fn: as in SAELens.
         excluded_tokens: ids of tokens that are not trained on.
         run_folder: where checkpoints go; None for nowhere.
+        identity: fingerprints of what the run depends on besides its config, for the checkpoints.
     """
 
     def __init__(
@@ -70,11 +75,13 @@ class E2ESAETrainer(SplicedStepTrainer):
         save_checkpoint_fn: SaveCheckpointFn | None = None,
         excluded_tokens: Tensor | None = None,
         run_folder: RunFolder | None = None,
+        identity: dict[str, str | None] | None = None,
     ):
         super().__init__(cfg, sae, spliced_model, data_provider, metrics_log, save_checkpoint_fn, excluded_tokens)
         self.held_out_evaluator = held_out_evaluator
         self.last_evaluation: dict[str, float] = {}
         self.checkpointer = Checkpointer(run_folder, cfg.checkpoint_every_minutes)
+        self.identity = identity or {}
         self.stop_request = StopRequest()
         self._batch_is_pending = False
         self._unfolded: tuple[dict[str, Tensor], ActivationScaler, Any] | None = None
@@ -220,6 +227,11 @@ class E2ESAETrainer(SplicedStepTrainer):
             self.last_evaluation = self.held_out_evaluator(self)
             self.sae.train()
             self._log(self.last_evaluation, step)
+            if not math.isfinite(self.last_evaluation.get("metrics/ce_loss_increase", 0.0)):
+                logger.warning(
+                    "The held-out evaluation is not finite (%s): look at the held-out sequences, and at the model's dtype.",
+                    {name: value for name, value in self.last_evaluation.items() if not math.isfinite(value)},
+                )
         return self.last_evaluation
 
     def _is_logging_step(self) -> bool:

@@ -123,12 +123,6 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state(tmp_path: Path,
     # The same batches come again.
     with pytest.raises(NonFiniteError, match="up to step 6"):
         build(tmp_path, poisoned_model(), rows, max_skipped_steps=3, resume_from_checkpoint=str(checkpoint)).run()
-    # With the data mended, which the digest of the batches before does not see, the run ends.
-    mended = build(
-        tmp_path, tiny_hooked_transformer(), rows, max_skipped_steps=3, resume_from_checkpoint=str(checkpoint)
-    )
-    mended.run()
-    assert all(value.isfinite().all() for value in parameters_of(mended.sae).values())
 
 
 def test_a_run_resumed_in_a_row_of_skipped_steps_stops_where_the_whole_one_does(tmp_path: Path):

@@ -122,7 +122,9 @@ def test_nothing_is_touched_outside_the_main_thread(tmp_path: Path):
     assert handlers() == before
 
 
-def test_a_signal_at_the_very_end_still_stops_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_signal_at_the_very_end_still_stops_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     original = E2ESAETrainer.set_final_sae_metadata
 
     def signalled(self: E2ESAETrainer) -> None:
@@ -133,6 +135,7 @@ def test_a_signal_at_the_very_end_still_stops_what_follows(tmp_path: Path, monke
     with pytest.raises(RunInterrupted) as stopped:
         build(tmp_path).run()
     assert (stopped.value.code, stopped.value.checkpoint) == (143, None)
+    assert "The run was finished and saved when the signal came" in caplog.text
     assert (tmp_path / "out/sae_weights.safetensors").exists()
 
 
@@ -158,6 +161,55 @@ def test_a_signal_before_the_first_step_stops_without_a_checkpoint(tmp_path: Pat
         build(tmp_path, b_dec_init_method="mean").run()
     assert stopped.value.checkpoint is None
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_interrupt_is_a_keyboard_interrupt_to_those_who_catch_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        build(tmp_path).run()
+    assert isinstance(stopped.value, RunInterrupted)
+    assert stopped.value.code == 130
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As under `nohup`, and in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
+        build(tmp_path).run()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_runner_runs_once(tmp_path: Path):
+    runner = build(tmp_path)
+    runner.run()
+    with pytest.raises(RuntimeError, match="This runner has run already"):
+        runner.run()
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, second = build(tmp_path), build(tmp_path, checkpoint_path=str(tmp_path / "others"))
+    errors: list[str] = []
+
+    def start_second() -> None:
+        with pytest.raises(ValueError, match="Another run is writing into") as refused:
+            second.run()
+        errors.append(str(refused.value))
+
+    original = SplicedStepTrainer.sae_forward
+    done = iter([start_second])
+
+    def in_the_first_step(self: SplicedStepTrainer, *args: Any, **kwargs: Any) -> Any:
+        for act in done:
+            act()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SplicedStepTrainer, "sae_forward", in_the_first_step)
+    first.run()
+    assert str(tmp_path / "out") in errors[0]
+    assert not (tmp_path / "out/.run.lock").exists()
 
 
 # Failures.

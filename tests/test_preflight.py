@@ -170,9 +170,9 @@ def test_folders_that_cannot_be_written_are_refused_before_the_model_is_loaded(f
     file = tmp_path / "file"
     file.write_text("a person's")
     for path in (file, file / "inside/deeper"):
-        refused(f"{field}='{path}' cannot be a folder: '{file}' is a file", **{field: str(path)})
+        refused(f"{field}='{path}' cannot be a folder: '{file}' is no folder", **{field: str(path)})
     assert file.read_text() == "a person's"
-    refused(f"{field}='/proc/sys/here' cannot be written: .* in '/proc/sys'", **{field: "/proc/sys/here"})
+    refused(f"{field}='/proc/sys/here' cannot be written: ", **{field: "/proc/sys/here"})
 
 
 @pytest.mark.usefixtures("no_model")
@@ -231,13 +231,33 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path: Path):
     assert "sae_weights.safetensors" in content(tmp_path / "out")
 
 
-def test_the_same_run_may_be_repeated_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_finished_run_is_not_trained_again_unless_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     finished_run(tmp_path / "out")
     before = content(tmp_path / "out")
+    refused("holds the finished SAE of this very run", output_path=str(tmp_path / "out"))
+    assert content(tmp_path / "out") == before
+    finished_run(tmp_path / "out", overwrite_output=True)
+    (tmp_path / "out/cfg.json").unlink()  # as if it had been killed before its end
     with caplog.at_level(logging.WARNING, logger="e2e_sae_plugin"):
         finished_run(tmp_path / "out")
-    assert "holds an earlier start of this very run" in caplog.text
-    assert content(tmp_path / "out") == before
+    assert "holds an earlier start of this very run, which did not finish" in caplog.text
+
+
+def test_a_checkpoint_is_no_place_for_the_output(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text("{}")
+    refused("is a checkpoint, which would be damaged", output_path=str(tmp_path))
+
+
+def test_a_link_that_leads_nowhere_and_a_name_too_long_are_refused(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    refused("output_path='.*link' cannot be a folder", output_path=str(tmp_path / "link"))
+    refused("output_path='.*' cannot be written: File name too long", output_path=str(tmp_path / ("x" * 300)))
+    refused("output_path must name a folder, or be None; got an empty string", output_path="")
+
+
+def test_paths_may_be_path_objects(tmp_path: Path):
+    config = runner_config(output_path=tmp_path / "out", checkpoint_path=tmp_path / "checkpoints")
+    assert (config.output_path, str(config.checkpoint_path).startswith(str(tmp_path))) == (str(tmp_path / "out"), True)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -250,7 +270,7 @@ def test_a_run_that_has_only_begun_and_an_sae_of_others_are_protected_too(tmp_pa
     refused("holds another run, which would be overwritten: .*e2e_runner_cfg.json' is damaged", output_path=str(begun))
     others.mkdir()
     (others / "cfg.json").write_text("{}")
-    refused(r"holds another SAE \(cfg.json\), which would be overwritten", output_path=str(others))
+    refused(r"holds another SAE or run \(cfg.json\), which would be overwritten", output_path=str(others))
 
 
 # Devices, models, data.

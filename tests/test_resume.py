@@ -44,10 +44,9 @@ def text_rows(n: int = 200) -> list[dict[str, str]]:
 
 
 def run(folder: Path, dataset: Any = None, model: Any = None, *, name: str = "out", **settings: Any) -> Any:
+    folders = {"output_path": str(folder / name), "checkpoint_path": str(folder / "checkpoints")}
     config = runner_config(
-        output_path=str(folder / name),
-        checkpoint_path=str(folder / "checkpoints"),
-        **{**EVERY_STEP, "training_tokens": 32 * 6, "n_eval_batches": 1, "lr": 1e-2, **settings},
+        **{**folders, **EVERY_STEP, "training_tokens": 32 * 6, "n_eval_batches": 1, "lr": 1e-2, **settings}
     )
     runner = E2ESAETrainingRunner(
         config,
@@ -98,6 +97,7 @@ def resume_each(tmp_path: Path, whole_runner: Any, dataset: Any = None, model: A
         ours = folder / "checkpoints" / checkpoint.parent.name / checkpoint.name
         shutil.copytree(checkpoint, ours)
         shutil.copytree(whole_runner.cfg.output_path, folder / "out")  # its log reaches beyond the checkpoint
+        (folder / "out/cfg.json").unlink()  # it was killed before its end
         torch.manual_seed(999)  # the process that resumes has another random state
         resumed = run(folder, dataset, model, resume_from_checkpoint=str(ours), **settings)
         assert resumed.run_folder.path == ours.parent
@@ -320,12 +320,19 @@ def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
         first = run(tmp_path, resume_from_checkpoint="auto")
     assert "no checkpoint of this run below" in caplog.text
     newest = checkpoints(first)[-1]
+    before = end_state(first)
     caplog.clear()
+    with caplog.at_level(logging.INFO, logger="e2e_sae_plugin"):
+        finished = run(tmp_path, resume_from_checkpoint="auto")
+    assert "This run is finished" in caplog.text
+    assert end_state(first) == before
+    assert finished.is_finished
+    (tmp_path / "out/cfg.json").unlink()  # killed before its end
     with caplog.at_level(logging.INFO, logger="e2e_sae_plugin"):
         again = run(tmp_path, resume_from_checkpoint="auto")
     assert f"Resumed from {newest}" in caplog.text
     assert again.run_folder.path == first.run_folder.path
-    assert_same_run(again, end_state(first))
+    assert_same_run(again, before)
 
 
 def test_auto_leaves_other_runs_alone_and_says_what_differs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -344,6 +351,7 @@ def test_auto_falls_back_to_the_newest_whole_checkpoint(tmp_path: Path, caplog: 
     weights.write_bytes(weights.read_bytes()[:-5])
     (found[-2] / "manifest.json").write_text("{")
     (found[-3] / "e2e_runner_cfg.json").write_text("[]")
+    (tmp_path / "out/cfg.json").unlink()
     with caplog.at_level(logging.INFO, logger="e2e_sae_plugin"):
         again = run(tmp_path, resume_from_checkpoint="auto")
     for path in found[-3:]:
@@ -351,6 +359,88 @@ def test_auto_falls_back_to_the_newest_whole_checkpoint(tmp_path: Path, caplog: 
         assert str(path) in caplog.text
     assert f"Resumed from {found[-4]}" in caplog.text
     assert_same_run(again, whole)
+
+
+def test_auto_does_not_start_anew_over_damaged_checkpoints(tmp_path: Path):
+    first = run(tmp_path)
+    found = checkpoints(first)
+    for index, path in enumerate(found):
+        victim = path / ("optimizer.safetensors", "manifest.json", "e2e_runner_cfg.json")[index % 3]
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    (tmp_path / "out/cfg.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match="finds damaged checkpoints alone") as refused:
+        run(tmp_path, resume_from_checkpoint="auto")
+    assert all(str(path) in str(refused.value) for path in found)
+
+
+def other_weights() -> Any:
+    model = tiny_hooked_transformer()
+    with torch.no_grad():
+        model.blocks[2].mlp.W_out.mul_(1.01)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportIndexIssue]
+    return model
+
+
+def test_another_model_is_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    first = run(tmp_path)
+    with pytest.raises(ValueError, match="the language model has other weights"):
+        run(tmp_path, model=other_weights(), resume_from_checkpoint=str(checkpoints(first)[0]))
+    with caplog.at_level(logging.WARNING, logger="e2e_sae_plugin"):
+        other = run(tmp_path, model=other_weights(), name="other", resume_from_checkpoint="auto")
+    assert other.resumed_from is None
+    assert "differs in the language model has other weights" in caplog.text
+    # A finished run of another model is not this one, and is protected.
+    with pytest.raises(ValueError, match="holds the finished SAE"):
+        run(tmp_path, model=tiny_hooked_transformer(seed=3), name="other", checkpoint_path=str(tmp_path / "c"),
+            resume_from_checkpoint="auto")  # fmt: skip
+
+
+def test_another_sae_to_start_from_is_another_run(tmp_path: Path):
+    config = runner_config(checkpoint_path=str(tmp_path / "c"), **{**EVERY_STEP, "save_final_checkpoint": False})
+
+    def start(seed: int, **settings: Any) -> Any:
+        torch.manual_seed(seed)
+        sae = TrainingSAE.from_dict(config.sae.to_dict())
+        changed = runner_config(
+            checkpoint_path=str(tmp_path / "c"), **{**EVERY_STEP, "save_final_checkpoint": False}, **settings
+        )
+        return E2ESAETrainingRunner(
+            changed, override_dataset=token_dataset(), override_model=tiny_hooked_transformer(), override_sae=sae
+        )
+
+    first = start(1)
+    first.run()
+    checkpoint = str(checkpoints(first)[2])
+    assert start(1, resume_from_checkpoint=checkpoint).resumed_from is not None
+    with pytest.raises(ValueError, match="override_sae is another SAE"):
+        start(2, resume_from_checkpoint=checkpoint)
+    assert start(2, resume_from_checkpoint="auto").resumed_from is None
+
+
+# The log.
+
+
+def test_a_log_that_is_not_the_runs_keeps_whole_lines_until_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    first = run(tmp_path)
+    checkpoint, log = checkpoints(first)[2], tmp_path / "out/metrics.jsonl"
+    whole = log.read_text().splitlines()
+    log.write_text(log.read_text()[:150])
+    (tmp_path / "out/cfg.json").unlink()
+    with caplog.at_level(logging.WARNING, logger="e2e_sae_plugin"):
+        run(tmp_path, resume_from_checkpoint=str(checkpoint))
+    assert "is not what it was at the checkpoint" in caplog.text
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps[-4:] == [json.loads(line)["step"] for line in whole][-4:]
+    assert steps == sorted(steps)
+
+
+def test_another_output_folder_gets_the_log_so_far(tmp_path: Path):
+    first = run(tmp_path)
+    run(tmp_path, name="elsewhere", resume_from_checkpoint=str(checkpoints(first)[2]))
+    assert (tmp_path / "elsewhere/metrics.jsonl").read_bytes() == (tmp_path / "out/metrics.jsonl").read_bytes()
 
 
 def test_a_finished_sae_is_not_gone_on_from(tmp_path: Path):

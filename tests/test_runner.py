@@ -120,7 +120,7 @@ def test_no_output_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_second_run_starts_its_metrics_anew(tmp_path: Path):
     for _ in range(2):
-        build_runner(runner_config(output_path=str(tmp_path), training_tokens=64)).run()
+        build_runner(runner_config(output_path=str(tmp_path), training_tokens=64, overwrite_output=True)).run()
     assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1]
 
 

@@ -99,7 +99,7 @@ class Checkpointer:
             if trainer.save_checkpoint_fn is not None:
                 trainer.save_checkpoint_fn(checkpoint_path=folder)
 
-        path = run_folder.write(name, kind, {**counts, **versions}, fill)
+        path = run_folder.write(name, kind, {**counts, **versions, "identity": trainer.identity}, fill)
         if kind != "final":
             self._last = counts["n_training_steps"], path
             self._last_time = time.monotonic()

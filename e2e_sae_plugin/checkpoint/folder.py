@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 MANIFEST_FILENAME = "manifest.json"
+E2E_CFG_FILENAME = "e2e_runner_cfg.json"
 FORMAT = 1
 PARTIAL_SUFFIX, REPLACED_SUFFIX = ".partial", ".replaced"
 
@@ -162,6 +163,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILENAME
     if not folder.is_dir():
         raise DamagedCheckpointError(f"There is no checkpoint folder {str(folder)!r}.")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise DamagedCheckpointError(f"The checkpoint folder {str(folder)!r} cannot be read: permission denied.")
     if not path.is_file():
         pickled = (
             " It looks like one of SAELens's own, which hold pickles and the data's place only roughly: start a new "
@@ -175,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         digest = manifest.pop("sha256")
         intact = digest == _content_digest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{str(path)!r} is damaged: {error!r}.") from None
     if not intact:
         raise DamagedCheckpointError(f"{str(path)!r} is damaged: it is not what was written (its own sum differs).")
@@ -187,14 +190,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Compare every file with the manifest and return the manifest.
+def verify_checkpoint(folder: Path, only: str | None = None) -> dict[str, Any]:
+    """Compare every file, or one of them, with the manifest and return the manifest.
 
     Raises:
         DamagedCheckpointError: lists each file that is missing, has another size or another SHA-256 sum.
     """
     manifest = read_manifest(folder)
-    problems = [problem for name, entry in manifest["files"].items() if (problem := _problem(folder / name, entry))]
+    files = manifest["files"].items()
+    problems = [
+        problem for name, entry in files if only in (None, name) and (problem := _problem(folder / name, entry))
+    ]
     if problems:
         raise DamagedCheckpointError(f"The checkpoint {str(folder)!r} is damaged: {'; '.join(problems)}.")
     return manifest
@@ -203,6 +209,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 def _problem(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
+    if not os.access(path, os.R_OK):
+        return f"{path.name} cannot be read: permission denied"
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{path.name} has {size:,} bytes instead of {entry['bytes']:,}"
     if file_digest(path) != entry["sha256"]:

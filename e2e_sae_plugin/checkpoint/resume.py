@@ -10,18 +10,19 @@ from types import NoneType
 from typing import Any
 
 from e2e_sae_plugin.checkpoint.folder import (
+    E2E_CFG_FILENAME,
     MANIFEST_FILENAME,
     DamagedCheckpointError,
     read_manifest,
     verify_checkpoint,
 )
+from e2e_sae_plugin.checkpoint.identity import identity_differences
 from e2e_sae_plugin.checkpoint.run_folder import RunFolder, visible_folders
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-E2E_CFG_FILENAME = "e2e_runner_cfg.json"
 
 # Where a run is written, on what it runs, how it reports, how it is guarded: none of it is part of what is computed.
 MAY_DIFFER = frozenset(
@@ -32,8 +33,6 @@ MAY_DIFFER = frozenset(
         # Buffers and batches of the host's that are not used here, and the micro-batch, which changes rounding alone.
         "activations_mixing_fraction", "dead_feature_threshold", "llm_compilation_mode", "n_batches_in_buffer",
         "prefetch_llm_batches", "store_batch_size_prompts",
-        # Once a run has begun, its weights are the checkpoint's.
-        "from_pretrained_path",
         "sae.device",
     }
 )  # fmt: skip
@@ -89,7 +88,7 @@ def read_saved_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_checkpoint(cfg: E2ESAERunnerConfig) -> Path | None:
+def find_checkpoint(cfg: E2ESAERunnerConfig, identity: dict[str, str | None]) -> Path | None:
     """The checkpoint that `cfg.resume_from_checkpoint` means, whole and of this run; None to start anew.
 
     `"auto"` is the newest one below `checkpoint_path`, of any earlier start of this run; what is damaged is passed over
@@ -102,12 +101,15 @@ def find_checkpoint(cfg: E2ESAERunnerConfig) -> Path | None:
     if cfg.resume_from_checkpoint is None:
         return None
     if cfg.resume_from_checkpoint == AUTO:
-        return _newest(cfg)
+        return _newest(cfg, identity)
     folder = Path(cfg.resume_from_checkpoint)
     try:
         manifest = verify_checkpoint(folder)
     except DamagedCheckpointError as error:
-        inside = RunFolder(folder, keep=0).checkpoints() if folder.is_dir() else []
+        inside = [
+            entry for path in (folder, *visible_folders(folder)) for entry in RunFolder(path, keep=0).checkpoints()
+        ]
+        inside.sort(key=lambda entry: entry[1]["saved_at"], reverse=True)
         hint = f" The newest checkpoint inside it is {str(inside[0][0])!r}." if inside else ""
         raise DamagedCheckpointError(f"resume_from_checkpoint: {error}{hint}") from None
     if manifest["kind"] == "final":
@@ -116,6 +118,7 @@ def find_checkpoint(cfg: E2ESAERunnerConfig) -> Path | None:
             "Load it with sae_lens.SAE.load_from_disk, or start another run from its weights with from_pretrained_path."
         )
     differences = config_differences(read_saved_config(folder / E2E_CFG_FILENAME), cfg)
+    differences += identity_differences(manifest, identity)
     if differences:
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r} is of another run than this config's:\n  "
@@ -136,30 +139,57 @@ def run_folder_of(cfg: E2ESAERunnerConfig, resumed_from: Path | None) -> RunFold
     return RunFolder(path, keep=cfg.keep_checkpoints)
 
 
-def _newest(cfg: E2ESAERunnerConfig) -> Path | None:
+def check_identity(folder: Path, identity: dict[str, str | None]) -> None:
+    """The same for what is only known once the model is loaded.
+
+    Raises:
+        ValueError: the checkpoint was made with another model or another given SAE.
+    """
+    differences = identity_differences(read_manifest(folder), identity)
+    if differences:
+        raise ValueError(f"The checkpoint {str(folder)!r} is of another run: {'; '.join(differences)}.")
+
+
+def _newest(cfg: E2ESAERunnerConfig, identity: dict[str, str | None]) -> Path | None:
     assert cfg.checkpoint_path is not None  # checked by the config
     base = Path(cfg.checkpoint_path).parent  # SAELens gives every start of a run a folder of its own
     found: list[tuple[str, int, Path]] = []
+    damaged: list[str] = []
     for path in [path for run in visible_folders(base) for path in visible_folders(run)]:
         try:
             manifest = read_manifest(path)
         except DamagedCheckpointError as error:
             if (path / MANIFEST_FILENAME).exists() or (path / E2E_CFG_FILENAME).exists():
-                logger.warning("Passed over: %s", error)
+                damaged.append(str(error))
             continue
         if manifest["kind"] != "final":
             found.append((manifest["saved_at"], manifest["n_training_steps"], path))
     others: list[tuple[Path, list[str]]] = []
+    chosen: Path | None = None
     for _, _, path in sorted(found, reverse=True):
         try:
+            manifest = verify_checkpoint(path, only=E2E_CFG_FILENAME)
             differences = config_differences(read_saved_config(path / E2E_CFG_FILENAME), cfg)
-            if not differences:
-                verify_checkpoint(path)
-                return path
+            differences += identity_differences(manifest, identity)
+            if differences:
+                others.append((path, differences))
+                continue
+            verify_checkpoint(path)
         except DamagedCheckpointError as error:
-            logger.warning("Passed over: %s", error)
+            damaged.append(str(error))
             continue
-        others.append((path, differences))
+        chosen = path
+        break
+    if damaged and chosen is None:
+        raise DamagedCheckpointError(
+            "resume_from_checkpoint='auto' finds damaged checkpoints alone, and does not start anew over them:\n  "
+            + "\n  ".join(damaged)
+            + "\nMove them away to start anew."
+        )
+    for error in damaged:
+        logger.warning("Passed over: %s", error)
+    if chosen is not None:
+        return chosen
     if others:
         logger.warning(
             "resume_from_checkpoint='auto': %d checkpoint(s) below %s are of other runs; the newest, %s, differs in %s.",

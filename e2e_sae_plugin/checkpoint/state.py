@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME
 from e2e_sae_plugin.token_stream import TokenStream
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     if isinstance(trainer.data_provider, TokenStream) and state["data"] is not None:
         data = {name.removeprefix("data."): tensor for name, tensor in tensors.items() if name.startswith("data.")}
         trainer.data_provider.resume(state["data"], data)
-    trainer.metrics_log.resume(state["metrics"])
+    saved_output = json.loads((folder / E2E_CFG_FILENAME).read_text())["output_path"]
+    earlier = None if saved_output is None else Path(saved_output)
+    trainer.metrics_log.resume(state["metrics"], trainer.n_training_samples, earlier)
     _restore_random_states(state["random"], tensors)  # last: drawing data may draw random numbers
 
 

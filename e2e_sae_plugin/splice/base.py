@@ -191,6 +191,11 @@ class SplicedModel(ABC):
             clean = self.clean_pass(tokens)
             assert clean.hidden is not None
             rebuilt = self.logits(clean.hidden[0])
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                f"The model's logits are not finite on the token ids {tokens[0].tolist()}, without any SAE. Its weights are "
+                f"damaged, or its dtype ({logits.dtype}) is too narrow for them."
+            )
         if not torch.allclose(rebuilt.float(), logits[0].float(), rtol=1e-2, atol=1e-2):
             raise ValueError(
                 "The model's logits are not its unembedding of the final hidden state "
