@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 import wandb
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig
 
-from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME, MANIFEST_FILENAME, DamagedCheckpointError
-from e2e_sae_plugin.checkpoint.resume import config_differences, read_saved_config
+from e2e_sae_plugin.checkpoint.folder import MANIFEST_FILENAME
 from e2e_sae_plugin.checkpoint.run_folder import RunFolder
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.metrics_log import METRICS_FILENAME
+from e2e_sae_plugin.output_folder import holds_another_run, is_finished
 
 logger = logging.getLogger(__name__)
 
@@ -100,28 +99,6 @@ def _check_not_another_run(cfg: E2ESAERunnerConfig, output: Path, resumed_from: 
         )
     if resumed_from is None and (output / METRICS_FILENAME).exists():
         logger.warning("%s holds an earlier start of this very run, which did not finish; it begins anew.", output)
-
-
-def is_finished(output: Path) -> bool:
-    """Whether a run has saved its SAE there; `cfg.json` is the last of its files."""
-    return (output / SAE_CFG_FILENAME).exists()
-
-
-def holds_another_run(cfg: E2ESAERunnerConfig, output: Path) -> str | None:
-    """What `output` holds that is not this run's; None for nothing. A run marks its folder with its config when it
-    begins."""
-    theirs = output / E2E_CFG_FILENAME
-    if theirs.exists():
-        try:
-            differences = config_differences(read_saved_config(theirs), cfg)
-        except DamagedCheckpointError as error:
-            return f"another run, which would be overwritten: {error}"
-        differing = "\n  ".join(differences)
-        return f"another run, which would be overwritten. It differs in:\n  {differing}" if differences else None
-    for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, METRICS_FILENAME):
-        if (output / name).exists():
-            return f"another SAE or run ({name}), which would be overwritten."
-    return None
 
 
 def _n_checkpoints_to_come(cfg: E2ESAERunnerConfig, run_folder: RunFolder) -> int:

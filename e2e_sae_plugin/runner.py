@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import warnings
@@ -13,7 +12,7 @@ import torch
 import wandb
 from sae_lens import SAE
 from sae_lens.config import HfDataset
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
@@ -22,21 +21,20 @@ from tqdm.auto import tqdm
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, quiet_override_warning, reading_dataset
 from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
-from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME, recover, whole_files, write_whole
-from e2e_sae_plugin.checkpoint.identity import identity_differences, run_identity
+from e2e_sae_plugin.checkpoint.folder import recover, whole_files
+from e2e_sae_plugin.checkpoint.identity import run_identity
 from e2e_sae_plugin.checkpoint.lock import locked
-from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, read_saved_config, run_folder_of
+from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
 from e2e_sae_plugin.metrics_log import MetricsLog
+from e2e_sae_plugin.output_folder import mark_output, output_is_finished, write_configs
 from e2e_sae_plugin.preflight import (
     check_device,
     check_folders,
     check_model_shape,
     check_wandb_login,
-    holds_another_run,
-    is_finished,
 )
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.splice import SplicedModel, splice_into
@@ -84,7 +82,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             check_wandb_login()
         check_device(cfg)
         self.identity = run_identity(override_model, override_sae)
-        self.is_finished = cfg.resume_from_checkpoint == AUTO and self._output_is_finished(cfg)
+        self.is_finished = cfg.resume_from_checkpoint == AUTO and output_is_finished(cfg, self.identity)
         self.has_run = False
         self.resumed_from = None if self.is_finished else find_checkpoint(cfg, self.identity)
         self.run_folder = run_folder_of(cfg, self.resumed_from)
@@ -146,7 +144,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             self._set_sae_metadata()
             if self.cfg.logger.log_to_wandb:
                 self._start_wandb()
-            self._mark_output()
+            self._clear_leftovers()
+            if output is not None:
+                mark_output(self.cfg, output, starts_anew=self.resumed_from is None)
             trainer = self._build_trainer()
             trainer.stop_request = stop_request
             if self.resumed_from is not None:
@@ -171,15 +171,6 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             tqdm.write(text)
         else:
             logger.info("%s", text)
-
-    def _output_is_finished(self, cfg: E2ESAERunnerConfig) -> bool:
-        if cfg.output_path is None or cfg.overwrite_output:
-            return False
-        output = Path(cfg.output_path)
-        if not is_finished(output) or holds_another_run(cfg, output) is not None:
-            return False
-        metadata = read_saved_config(output / SAE_CFG_FILENAME).get("metadata", {})
-        return not identity_differences({"identity": metadata.get("run_identity") or {}}, self.identity)
 
     def _checkpoint_folders(self) -> list[Path]:
         """The folder of the run's checkpoints, once there is one."""
@@ -284,17 +275,6 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.cfg.output_path is not None:
             recover(Path(self.cfg.output_path))
 
-    def _mark_output(self) -> None:
-        """Say at once whose folder it is, so that another run does not take it; and clear what a killed one left."""
-        self._clear_leftovers()
-        if self.cfg.output_path is not None:
-            folder = Path(self.cfg.output_path)
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.cfg.overwrite_output and self.resumed_from is None:
-                for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
-                    (folder / name).unlink(missing_ok=True)  # or they would pass for this run's
-            write_whole(folder / E2E_CFG_FILENAME, json.dumps(self.cfg.to_dict(), indent=2) + "\n")
-
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: Tensor | None = None
     ) -> None:
@@ -308,7 +288,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         """
         with whole_files(Path(output_path), last=SAE_CFG_FILENAME) as folder:
             super().save_final_sae(sae, str(folder), log_feature_sparsity)
-            self._write_configs(folder)
+            write_configs(self.cfg, folder)
 
     def _save_or_keep_resumable(self, trainer: E2ESAETrainer, output_path: str) -> None:
         try:
@@ -324,11 +304,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Called by the trainer once all else of a checkpoint is in `checkpoint_path`; None for nowhere."""
         if checkpoint_path is not None:
-            self._write_configs(checkpoint_path)
-
-    def _write_configs(self, folder: Path) -> None:
-        for name, config in ((RUNNER_CFG_FILENAME, self.cfg.host_dict()), (E2E_CFG_FILENAME, self.cfg.to_dict())):
-            (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+            write_configs(self.cfg, checkpoint_path)
 
     def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
         """Train; if that is interrupted or fails, write a checkpoint first and say how to go on.

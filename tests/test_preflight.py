@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from e2e_sae_plugin import E2ESAETrainingRunner, Objective, preflight
 from e2e_sae_plugin import runner as runner_module
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.output_folder import mark_output
 
 # Configs.
 
@@ -224,10 +225,9 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path: Path):
     """Not even while the new one is still training, when its config is there already."""
     finished_run(tmp_path / "out")
     config = runner_config(output_path=str(tmp_path / "out"), lr=0.5, overwrite_output=True)
-    runner = E2ESAETrainingRunner(config, override_dataset=token_dataset(), override_model=tiny_hooked_transformer())
-    runner._mark_output()
-    assert set(content(tmp_path / "out")) == {"e2e_runner_cfg.json", "metrics.jsonl"}
-    runner.run()
+    mark_output(config, tmp_path / "out", starts_anew=True)
+    assert set(content(tmp_path / "out")) == {"e2e_runner_cfg.json"}
+    finished_run(tmp_path / "out", lr=0.5, overwrite_output=True)
     assert "sae_weights.safetensors" in content(tmp_path / "out")
 
 
