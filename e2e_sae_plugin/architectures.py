@@ -143,6 +143,8 @@ def combine_sae_losses(
 def _auxiliary_weight(objective: Objective, architecture: str, spliced_value: Tensor, value: Tensor) -> float | Tensor:
     if objective.auxiliary is not None:
         return objective.auxiliary
+    if objective.balance_kl:
+        return 1.0
     if objective.mse > 0:
         return objective.mse
     balanced = auxiliary_share(architecture) * spliced_value / value

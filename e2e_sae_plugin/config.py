@@ -86,6 +86,10 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         b_dec_init_method (str): where `b_dec` starts: "zeros" as in SAELens (default), or "mean", the mean of the
             activations (normalised as the SAE trains on them) in `n_batches_for_norm_estimate` batches. It keeps features
             from being spent on the mean, which in some models is most of an activation's norm.
+        frozen_parameters (tuple of str): names of the SAE's parameters that are not trained, for instance `("threshold",)`;
+            default none.
+        keep_decoder_norms (bool): hold the norm of every row of `W_dec` where it is at the start: the gradient along a row
+            is left out, and each step ends with the rows scaled back. Default False.
         checkpoint_every_minutes (float, optional): write a checkpoint when so many minutes have passed since the last one.
             Default 15; None for none. Beside them come the `n_checkpoints` of SAELens, spread over the run, and one when
             the run is interrupted or fails. All go to a folder of the run's own below `checkpoint_path`.
@@ -107,6 +111,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     max_grad_norm: float | None = 1.0
     local_first: float = 0.0
     b_dec_init_method: Literal["zeros", "mean"] = "zeros"
+    frozen_parameters: tuple[str, ...] = ()
+    keep_decoder_norms: bool = False
     checkpoint_every_minutes: float | None = 15.0
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
@@ -190,7 +196,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, JSON-ready; `from_dict` reads it back. Its host part alone is `host_dict`."""
-        return {**super().to_dict(), "objective": self.objective.to_dict(), "seqpos_slice": list(self.seqpos_slice)}
+        lists = {"seqpos_slice": list(self.seqpos_slice), "frozen_parameters": list(self.frozen_parameters)}
+        return {**super().to_dict(), "objective": self.objective.to_dict(), **lists}
 
     def host_dict(self) -> dict[str, Any]:
         """The fields that SAELens's own `LanguageModelSAERunnerConfig.from_dict` accepts (it fails on any other)."""
@@ -224,8 +231,9 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             cfg_dict["objective"] = Objective.from_dict(
                 objective if isinstance(objective, str) else _numbers(objective, Objective, "objective")
             )
-        if "seqpos_slice" in cfg_dict:
-            cfg_dict["seqpos_slice"] = tuple(cfg_dict["seqpos_slice"])
+        for name in ("seqpos_slice", "frozen_parameters"):
+            if name in cfg_dict:
+                cfg_dict[name] = tuple(cfg_dict[name])
         for name, value in cfg_dict.items():
             if name.endswith("_device") and value == "None":  # the host writes str(None)
                 cfg_dict[name] = None

@@ -101,6 +101,13 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
                 f"objective.matryoshka_levels={cfg.objective.matryoshka_levels!r} has no effect: architecture "
                 f"{architecture!r} has no inner levels. Leave it at 'all'."
             )
+    names = cfg.frozen_parameters
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"frozen_parameters must be a list of parameter names, got {names!r}.")
+    if cfg.keep_decoder_norms and "W_dec" in names:
+        raise ValueError(
+            "keep_decoder_norms=True has no effect: W_dec is among frozen_parameters. Leave one of them out."
+        )
     if cfg.b_dec_init_method not in ("zeros", "mean"):
         raise ValueError(f"b_dec_init_method must be 'zeros' or 'mean', got {cfg.b_dec_init_method!r}.")
     if cfg.b_dec_init_method == "mean" and cfg.from_pretrained_path is not None:

@@ -99,7 +99,8 @@ def _own_fault(trainer: SplicedStepTrainer, output: TrainStepOutput, objective: 
     for name, loss in counted:
         if not loss.requires_grad:
             continue
-        gradients = torch.autograd.grad(loss, list(trainer.sae.parameters()), retain_graph=True, allow_unused=True)
+        trained = [parameter for parameter in trainer.sae.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
         if not all(gradient is None or _finite(gradient) for gradient in gradients):
             return f"The gradient of the SAE's own term {name} is not finite, while its value is."
     return "It did not come again when the batch was computed again: it depends on the order of the device's sums."

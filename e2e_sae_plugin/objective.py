@@ -26,7 +26,7 @@ class Objective:
 
     Raises:
         ValueError: a weight is negative or not finite, all three are zero, downstream hooks are given without
-            `beta`, or `matryoshka_levels` is not one of its choices.
+            `beta`, `matryoshka_levels` is not one of its choices, or `balance_kl` has no KL, or downstream terms, beside it.
     """
 
     kl: float = 1.0
@@ -43,13 +43,17 @@ class Objective:
 
     auxiliary: float | None = None
     """Weight of the architecture's own reconstruction-like extras (`auxiliary_reconstruction_loss` of TopK, BatchTopK,
-    Matryoshka and Gated). None: `mse` where that is positive, as in SAELens; otherwise the extras are rescaled at each
-    step, without gradient, to the share of the objective given by `architectures.DEFAULT_AUXILIARY_SHARE` (they are
-    squared errors, hundreds of times a KL)."""
+    Matryoshka and Gated). None: 1 with `balance_kl`, else `mse` where that is positive, as in SAELens; otherwise the
+    extras are rescaled at each step, without gradient, to the share of the objective given by
+    `architectures.DEFAULT_AUXILIARY_SHARE` (they are squared errors, hundreds of times a KL)."""
 
     matryoshka_levels: MatryoshkaLevels = "all"
     """Inner Matryoshka levels that get the objective at each step: `all`, or one `sampled` level weighted by their
     number (an unbiased estimate for the price of one more spliced pass)."""
+
+    balance_kl: bool = False
+    """Multiply the KL, at every step and without gradient, by `MSE / KL`: it then weighs as much as the squared error, and
+    learning rates and sparsity coefficients that suit the latter keep their meaning (Karvonen 2025, arXiv 2503.17272)."""
 
     def __post_init__(self) -> None:
         for name in ("kl", "beta", "mse", "auxiliary"):
@@ -69,6 +73,13 @@ class Objective:
             )
         if self.downstream_hooks is not None:
             self._check_downstream_hooks()
+        if not isinstance(self.balance_kl, bool):
+            raise ValueError(f"Objective.balance_kl must be True or False, got {self.balance_kl!r}.")
+        if self.balance_kl and (self.kl == 0 or self.beta > 0):
+            raise ValueError(
+                f"Objective.balance_kl scales the KL to the squared error, so it needs kl > 0 and beta = 0; got "
+                f"kl={self.kl!r}, beta={self.beta!r}. Leave it out, or change the weights."
+            )
         if self.matryoshka_levels not in ("all", "sampled"):
             raise ValueError(f"Objective.matryoshka_levels must be 'all' or 'sampled', got {self.matryoshka_levels!r}.")
 
@@ -106,6 +117,13 @@ class Objective:
         (the paper's runs on GPT2-small: kl=0.5 and beta 0.0036, 0.0039 and 0.00013 at layers 2, 6 and 10)."""
         return cls(**{"kl": kl, "beta": beta, **settings})
 
+    @classmethod
+    def finetune(cls, **settings: Any) -> Self:
+        """The objective of a short fine-tune of a finished SAE: `0.5 * (alpha * KL + MSE)` with `alpha = MSE / KL`, without
+        gradient, at every step; sparsity and auxiliary terms as in local training, at weight 1 (Karvonen 2025, arXiv
+        2503.17272)."""
+        return cls(**{"kl": 0.5, "mse": 0.5, "balance_kl": True, **settings})
+
     @property
     def needs_spliced_pass(self) -> bool:
         """Whether the model has to be run a second time, with the reconstruction in place."""
@@ -117,16 +135,17 @@ class Objective:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | str) -> Self:
-        """Read `to_dict`'s output, or the name of a constructor that needs no argument (`"local"`, `"e2e"`).
+        """Read `to_dict`'s output, or the name of a constructor that needs no argument (`"local"`, `"e2e"`,
+        `"finetune"`).
 
         Raises:
             ValueError: an unknown key or name (near matches are suggested), or a value that the class refuses.
         """
         if isinstance(settings, str):
-            named = {"local": cls.local, "e2e": cls.e2e}
+            named = {"local": cls.local, "e2e": cls.e2e, "finetune": cls.finetune}
             if settings not in named:
                 raise ValueError(
-                    f"objective {settings!r} is not known. Expected 'local', 'e2e', or the fields "
+                    f"objective {settings!r} is not known. Expected 'local', 'e2e', 'finetune', or the fields "
                     f"{[f.name for f in fields(cls)]} as a mapping."
                 )
             return named[settings]()

@@ -41,6 +41,11 @@ class SplicedTerms:
     gradients: list[Tensor] = field(default_factory=list)
     """For each reconstruction, `d weighted / d reconstruction`, `[tokens, d_in]`."""
 
+    def scale(self, factor: Tensor) -> None:
+        """Weigh all the terms by a number without gradient."""
+        self.weighted = self.weighted * factor
+        self.gradients = [gradient * factor for gradient in self.gradients]
+
 
 def clean_micro_batch(
     model: SplicedModel,

@@ -17,6 +17,7 @@ from torch import Tensor
 from e2e_sae_plugin.architectures import TOKEN_SEPARABLE, combine_sae_losses, inner_reconstructions
 from e2e_sae_plugin.checkpoint.state import State, capture
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.constraints import DecoderNorms, freeze
 from e2e_sae_plugin.faults import NonFiniteError, StepStatistics, find_fault
 from e2e_sae_plugin.kernels import relu_sae
 from e2e_sae_plugin.metrics_log import MetricsLog
@@ -28,6 +29,9 @@ from e2e_sae_plugin.step_output import merge_step_outputs
 from e2e_sae_plugin.token_stream import TokenStream
 
 logger = logging.getLogger(__name__)
+
+KL_FLOOR = 1e-6
+"""Nats per token: the smallest KL that `Objective.balance_kl` divides by."""
 
 
 class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
@@ -63,11 +67,14 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             save_checkpoint_fn=save_checkpoint_fn,
         )
         self.runner_cfg = cfg
+        freeze(sae, cfg.frozen_parameters)
+        self.decoder_norms = DecoderNorms(sae) if cfg.keep_decoder_norms else None
         self.spliced_model = spliced_model
         self.metrics_log = metrics_log
         self.excluded_tokens = excluded_tokens
         self.grad_norm: Tensor | None = None
         self.l0 = torch.zeros(())  # of the last step
+        self.kl_scale: Tensor | None = None  # of the last step, with balance_kl
         self.n_skipped_steps = 0
         self.n_skipped_in_a_row = 0
         self._good_state: State | None = None  # before the first of the steps that are being skipped
@@ -133,6 +140,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         Local training has no passes to wait for, and keeps the host's order of summation.
         """
         separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
+        separable &= not self.objective.balance_kl  # whose scale is known when the whole step's KL is
         return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
 
     def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
@@ -151,6 +159,8 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             fired += (firing.to_dense() if firing.is_sparse else firing).sum(0, dtype=torch.int32)  # int64 costs double
         reconstructions = self.reconstructions(output)
         spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
+        if self.objective.balance_kl:
+            spliced.scale(self._kl_scale(output, spliced))
         sae_total, sae_terms = combine_sae_losses(output, self.sae.cfg.architecture(), self.objective, spliced.weighted)
         # One backward through the SAE, from its own losses and from what the spliced passes ask of its output.
         roots = [(sae_total, torch.full_like(sae_total, share))]
@@ -241,6 +251,8 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _clip_gradients(self) -> bool:
         """Clip; whether the gradients are finite."""
+        if self.decoder_norms is not None:
+            self.decoder_norms.project_gradient()
         limit = self.runner_cfg.max_grad_norm
         if limit is not None:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
@@ -252,6 +264,8 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _update(self) -> None:
         self.optimizer.step()
+        if self.decoder_norms is not None:
+            self.decoder_norms.restore()
         self.optimizer.zero_grad()
         self.n_skipped_in_a_row, self._good_state = 0, None
 
@@ -287,6 +301,16 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 f"loss or gradient that is not finite. None of them has reached the weights. {fault}"
             )
         logger.warning("Step %d is skipped: its loss or gradient is not finite. %s", self.n_training_steps, fault)
+
+    def _kl_scale(self, output: TrainStepOutput, spliced: SplicedTerms) -> Tensor:
+        """`alpha = MSE / KL` of the step; the KL has a floor, below which there is nothing to gain."""
+        if "mse_loss" not in output.losses:
+            raise ValueError(
+                f"objective.balance_kl needs a loss named 'mse_loss', but architecture {self.sae.cfg.architecture()!r} "
+                f"names {sorted(output.losses)}. Name it, or set objective.balance_kl=False."
+            )
+        self.kl_scale = output.losses["mse_loss"].detach() / spliced.named["kl_loss"].clamp(min=KL_FLOOR)
+        return self.kl_scale
 
     def model_autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision for the model's passes, where `autocast_lm` asks for it."""

@@ -245,6 +245,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         metrics = self.build_train_step_log_dict(output=output, n_training_samples=self.n_training_samples)
         if self.grad_norm is not None:
             metrics["details/grad_norm"] = float(self.grad_norm)
+        if self.kl_scale is not None:
+            metrics["details/kl_scale"] = float(self.kl_scale)
         if self.n_skipped_steps:
             metrics["details/n_skipped_steps"] = self.n_skipped_steps
         return metrics

@@ -146,3 +146,24 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"objective 'e2e_downstream' is not known. Expected 'local', 'e2e'"):
         Objective.from_dict("e2e_downstream")
+
+
+def test_finetune_is_the_published_objective():
+    objective = Objective.finetune()
+    assert (objective.kl, objective.mse, objective.balance_kl, objective.beta) == (0.5, 0.5, True, 0.0)
+    assert Objective.from_dict("finetune") == objective
+    assert Objective.from_dict(objective.to_dict()) == objective
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"balance_kl": True, "kl": 0.0, "mse": 1.0}, "balance_kl scales the KL .* needs kl > 0"),
+        ({"balance_kl": True, "beta": 1.0}, "balance_kl scales the KL .* beta = 0"),
+        ({"balance_kl": 1}, "balance_kl must be True or False, got 1"),
+    ],
+    ids=str,
+)
+def test_balance_kl_is_refused_where_it_means_nothing(settings: dict[str, Any], match: str):
+    with pytest.raises(ValueError, match=match):
+        Objective(**settings)

@@ -147,6 +147,7 @@ def test_every_architecture_resumes_to_the_bit(architecture: str, tmp_path: Path
         {"sae": {"normalize_activations": "expected_average_only_in"}, "b_dec_init_method": "mean"},
         {"sae": {"normalize_activations": "covariance_whitening"}},
         {"sae": {"dtype": "bfloat16"}},
+        {"objective": Objective.finetune(), "keep_decoder_norms": True, "frozen_parameters": ("b_dec",)},
     ],
     ids=str,
 )

@@ -206,13 +206,15 @@ class Naive:
         output = self.forward(sae)
         layers_after = N_LAYERS - int(self.trainer.runner_cfg.hook_name.split(".")[1])
         total = torch.zeros(())
-        for reconstruction in self.reconstructions(sae, output):
-            kl, downstream = self.spliced_terms(reconstruction)
-            total = total + objective.kl * kl + objective.beta / layers_after * downstream
+        terms = [self.spliced_terms(reconstruction) for reconstruction in self.reconstructions(sae, output)]
+        alpha: Any = (output.losses["mse_loss"] / terms[0][0]).detach() if objective.balance_kl else 1.0  # pyright: ignore
+        for kl, downstream in terms:
+            total = total + alpha * objective.kl * kl + objective.beta / layers_after * downstream
         for name, value in output.losses.items():
             if name == "auxiliary_reconstruction_loss":
-                assert objective.auxiliary is not None
-                total = total + objective.auxiliary * value
+                weight = 1.0 if objective.balance_kl else objective.auxiliary
+                assert weight is not None
+                total = total + weight * value
             elif "mse" in name:
                 total = total + objective.mse * value
             else:
@@ -232,6 +234,53 @@ def whole_mask(tokens: Tensor) -> Tensor:
 def mixed(architecture: str) -> Objective:
     """Every term that the architecture has, at weights of its own."""
     return Objective(kl=0.7, beta=0.02, mse=0.003, auxiliary=0.005 if architecture in WITH_AUXILIARY else None)
+
+
+@pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)
+def test_a_finetuning_step_equals_naive_code_for_every_architecture(architecture: str):
+    """In micro-batches, whose KLs differ: alpha is the whole step's."""
+    config = runner_config(architecture, objective=Objective.finetune(), max_grad_norm=None, store_batch_size_prompts=2)
+    model = tiny_hooked_transformer()
+    trainer = build_trainer(config, model)
+    mark_dead(trainer)
+    tokens = token_batch(4, seed=3)
+    naive, sae = Naive(trainer, model, tokens, whole_mask(tokens)), copy.deepcopy(trainer.sae)
+    assert_step_equals_naive_code(trainer, tokens, naive, sae)
+
+
+def test_the_balanced_kl_weighs_as_much_as_the_squared_error():
+    trainer = build_trainer(runner_config(objective=Objective.finetune()))
+    output = trainer.step(token_batch(4, seed=3))
+    mse, kl = output.losses["mse_loss"], output.losses["kl_loss"]
+    assert trainer.kl_scale is not None
+    torch.testing.assert_close(trainer.kl_scale * kl, mse)
+    # 0.5 * (alpha * KL + MSE) = MSE, and the L1 stands beside it at its own weight.
+    torch.testing.assert_close(output.loss, mse + output.losses["l1_loss"], rtol=1e-5, atol=0)
+
+
+def test_a_balanced_kl_that_vanishes_is_no_division_by_zero():
+    """A perfect reconstruction: the identity through twice as many features as dimensions."""
+    config = runner_config(objective=Objective.finetune(), sae={"l1_coefficient": 0.0}, max_grad_norm=None)
+    trainer = build_trainer(config)
+    eye = torch.eye(16)
+    trainer.sae.load_state_dict(
+        {
+            "W_enc": torch.cat([eye, -eye], 1),
+            "W_dec": torch.cat([eye, -eye], 0),
+            "b_enc": torch.zeros(32),
+            "b_dec": torch.zeros(16),
+        }
+    )
+    before = parameters_of(trainer.sae)
+    output = trainer.step(token_batch(4, seed=3))
+    assert output.losses["kl_loss"] < 1e-6
+    assert trainer.n_skipped_steps == 0
+    assert trainer.kl_scale is not None
+    assert trainer.kl_scale.isfinite()
+    assert trainer.grad_norm is not None
+    assert trainer.grad_norm < 1e-3
+    assert all(value.isfinite().all() for value in parameters_of(trainer.sae).values())
+    assert before.keys() == parameters_of(trainer.sae).keys()
 
 
 @pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)

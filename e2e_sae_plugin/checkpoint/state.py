@@ -53,7 +53,9 @@ def capture(trainer: SplicedStepTrainer, *, last_batch_is_trained: bool = True) 
         "data": data_json,
         "metrics": trainer.metrics_log.state(),
     }
+    norms = {} if trainer.decoder_norms is None else {"decoder_norms": trainer.decoder_norms.norms.clone()}
     tensors = {
+        **norms,
         "act_freq_scores": trainer.act_freq_scores.clone(),
         "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired.clone(),
         **{f"random.{name}": tensor for name, tensor in random_tensors.items()},
@@ -102,6 +104,8 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     device = trainer.act_freq_scores.device
     trainer.act_freq_scores = tensors["act_freq_scores"].to(device)
     trainer.n_forward_passes_since_fired = tensors["n_forward_passes_since_fired"].to(device)
+    if trainer.decoder_norms is not None:
+        trainer.decoder_norms.norms = tensors["decoder_norms"].to(device)
     trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
     if isinstance(trainer.data_provider, TokenStream) and state["data"] is not None:
         data = {name.removeprefix("data."): tensor for name, tensor in tensors.items() if name.startswith("data.")}

@@ -1,0 +1,134 @@
+"""From any finished SAE of SAELens to its training form, with the same weights to the bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAE
+
+# The setting that keeps an architecture sparse while its weights move. Those that fix L0 by themselves have none.
+SPARSITY_COEFFICIENT = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
+
+
+def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: str = "cpu") -> SAE[Any]:
+    """An SAE from wherever SAELens finds one.
+
+    Args:
+        source: an SAE; a folder that SAELens or this package saved; a release of SAELens; a Hub repository.
+        sae_id: which SAE of a release or repository.
+        device: where to put it.
+
+    Raises:
+        ValueError: a folder without an SAE, a release or repository without `sae_id`, or a `sae_id` beside a folder or
+            an SAE, where it means nothing.
+    """
+    if isinstance(source, SAE) or Path(source).is_dir():
+        if sae_id is not None:
+            raise ValueError(f"sae_id={sae_id!r} has no meaning for an SAE or a folder: leave it out.")
+        if isinstance(source, SAE):
+            return source
+        if not (Path(source) / "cfg.json").is_file():
+            raise ValueError(f"The folder {str(source)!r} holds no SAE: it has no cfg.json.")
+        return SAE.load_from_disk(str(source), device=device)
+    if sae_id is None:
+        raise ValueError(
+            f"{str(source)!r} is no folder, so it is taken for a release of SAELens or a Hub repository, and needs a sae_id."
+        )
+    return SAE.from_pretrained(str(source), sae_id, device=device)
+
+
+def training_counterpart(
+    sae: SAE[Any], settings: Mapping[str, Any] | None = None, *, thresholds_are_frozen: bool = True
+) -> TrainingSAE[Any]:
+    """The SAE in the form that SAELens trains, in fp32: the same weights, and what its training settings were.
+
+    Args:
+        sae: a finished SAE, in inference or training form.
+        settings: fields of the training config, for instance `{"l1_coefficient": 0.1}`; they win over the metadata's.
+        thresholds_are_frozen: a JumpReLU SAE whose thresholds do not move needs no sparsity coefficient; it is 0 then,
+            unless given.
+
+    Raises:
+        ValueError: an architecture without a training form (transcoders among them), a setting that it does not know, or
+            a sparsity coefficient that neither `settings` nor the metadata have.
+    """
+    architecture = sae.cfg.architecture()
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        transcoder = " A transcoder writes elsewhere than it reads." if "transcoder" in architecture else ""
+        raise ValueError(
+            f"An SAE of architecture {architecture!r} cannot be fine-tuned: SAELens has no training form of it.{transcoder} "
+            f"Expected one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}."
+        )
+    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    known = {field.name for field in fields(config_class)} - {"metadata"}
+    for name in settings or {}:
+        if name not in known:
+            raise ValueError(f"Architecture {architecture!r} has no training setting {name!r}. It has {sorted(known)}.")
+    inherited = {**_saved_training_settings(sae, architecture), **_shared_settings(sae, known)}
+    chosen = {**inherited, **(settings or {}), "dtype": "float32"}
+    _require_sparsity(architecture, chosen, thresholds_are_frozen)
+    config = config_class.from_dict({**{k: v for k, v in chosen.items() if k in known}, "architecture": architecture})
+    config.metadata = type(sae.cfg.metadata)(**sae.cfg.metadata.to_dict())
+    trained: TrainingSAE[Any] = sae_class(config)
+    weights = {name: value.detach().clone().float() for name, value in sae.state_dict().items()}
+    trained.load_state_dict(weights)
+    return trained.to(sae.device)
+
+
+def _saved_training_settings(sae: SAE[Any], architecture: str) -> dict[str, Any]:
+    """What the SAE's metadata say of its training, where that was of the same architecture.
+
+    A JumpReLU SAE that BatchTopK or Matryoshka exported has the settings of another architecture there.
+    """
+    metadata = sae.cfg.metadata
+    if metadata.training_architecture != architecture or not isinstance(metadata.training_architecture_details, dict):
+        return {}
+    return dict(metadata.training_architecture_details)
+
+
+def _shared_settings(sae: SAE[Any], known: set[str]) -> dict[str, Any]:
+    return {field.name: getattr(sae.cfg, field.name) for field in fields(sae.cfg) if field.name in known}
+
+
+def _require_sparsity(architecture: str, chosen: dict[str, Any], thresholds_are_frozen: bool) -> None:
+    name = SPARSITY_COEFFICIENT.get(architecture)
+    if name is None or name in chosen:
+        for warm_up in ("l1_warm_up_steps", "l0_warm_up_steps"):
+            if warm_up in chosen:
+                chosen[warm_up] = 0  # the SAE is sparse already
+        return
+    if architecture == "jumprelu" and thresholds_are_frozen:
+        chosen[name] = 0.0
+        return
+    raise ValueError(
+        f"The metadata of this {architecture!r} SAE do not say its {name}, without which its L0 would drift. Give the one "
+        f"that it was trained with: {name}=... (as in SAELens: beside a squared error summed over "
+        "features)."
+    )
+
+
+def same_weights(first: SAE[Any], second: SAE[Any]) -> bool:
+    """Whether two SAEs have the same parameters and buffers, to the bit."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
+
+
+@torch.no_grad()
+def finished_form(trained: TrainingSAE[Any], original: SAE[Any]) -> SAE[Any]:
+    """The fine-tuned weights in the original's own inference form, fp32, as a drop-in replacement.
+
+    SAELens's export of a training SAE folds decoder norms into the encoder; here the form has not changed, so there is
+    nothing to fold, and what was not trained is as it was, to the bit.
+    """
+    config = copy.deepcopy(original.cfg)
+    config.dtype = "float32"
+    finished: SAE[Any] = type(original)(config).to(trained.device)
+    finished.load_state_dict(trained.state_dict())
+    return finished
