@@ -345,4 +345,5 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         return checkpoint
 
     def _how_to_resume(self, checkpoint: Path) -> str:
-        return f"To go on from it, set resume_from_checkpoint={str(checkpoint)!r} (on the command line: --resume)."
+        path = str(checkpoint.absolute())  # it may be read in another folder
+        return f"To go on from it, set resume_from_checkpoint={path!r} (on the command line: --resume)."

@@ -139,7 +139,7 @@ def test_unknown_matryoshka_levels_are_refused():
 def test_unknown_keys_are_refused_with_the_nearest_known_one():
     with pytest.raises(ValueError, match=r"unknown key 'downstream_hook'.*Did you mean 'downstream_hooks'\?"):
         Objective.from_dict({"downstream_hook": ["a"]})
-    with pytest.raises(ValueError, match=r"unknown key 'zzz'. Expected some of \['auxiliary', 'beta'"):
+    with pytest.raises(ValueError, match=r"unknown key 'zzz'. Expected some of \['auxiliary', 'balance_kl', 'beta'"):
         Objective.from_dict({"zzz": 1})
 
 
