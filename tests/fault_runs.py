@@ -5,6 +5,7 @@ The processes are forked from a server that has imported everything, so that doz
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -171,7 +172,7 @@ def run_until_signal(
     time.sleep(moment)
     for number in numbers:
         assert process.pid is not None
-        if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
             os.kill(process.pid, number)
             time.sleep(gap)
     return finish(process, folder, began)
