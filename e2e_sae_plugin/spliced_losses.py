@@ -83,9 +83,19 @@ def kl_sum(model: SplicedModel, micro: MicroBatch, spliced: SplicedPass) -> Tens
 
 def downstream_error_sum(micro: MicroBatch, spliced: SplicedPass, hook: str) -> Tensor:
     """Sum over the trained tokens of `||a_hat^(k) - a^(k)||^2` at one downstream hook."""
+    return squared_error_sum(*_downstream(micro, spliced, hook))
+
+
+def downstream_errors(micro: MicroBatch, spliced: SplicedPass, hook: str) -> Tensor:
+    """`||a_hat^(k) - a^(k)||^2` of each trained token at one downstream hook, `[n_tokens]`, in fp32."""
+    changed, clean = _downstream(micro, spliced, hook)
+    return (changed.float() - clean.float()).pow(2).sum(1)
+
+
+def _downstream(micro: MicroBatch, spliced: SplicedPass, hook: str) -> tuple[Tensor, Tensor]:
     clean = micro.clean.downstream[hook]
     device_mask = None if micro.mask is None else micro.mask.to(clean.device)
-    return squared_error_sum(select_tokens(spliced.downstream[hook], device_mask), select_tokens(clean, device_mask))
+    return select_tokens(spliced.downstream[hook], device_mask), select_tokens(clean, device_mask)
 
 
 def spliced_terms(

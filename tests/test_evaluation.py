@@ -12,7 +12,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from e2e_sae_plugin import splice_into
-from e2e_sae_plugin.evaluation import measure, metrics, reconstruct_with
+from e2e_sae_plugin.evaluation import measure, reconstruct_with
+from e2e_sae_plugin.evaluation.sums import SequenceSums, bootstrap_weights, interval
 from e2e_sae_plugin.kernels import kl
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -138,20 +139,58 @@ def test_an_inference_sae_that_reshapes_heads_by_itself_is_measured_alike(tmp_pa
     assert found.kl == pytest.approx(measure(reconstruct_with(sae), spliced, tokens).kl, rel=1e-4)
 
 
-def test_explained_variance_is_the_hand_worked_ratio_of_means():
-    sums = metrics._Sums()
+def hand_worked_sums() -> SequenceSums:
+    """Two sequences, of two tokens and of one, in two chunks."""
+    sums = SequenceSums()
     first, second = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([[4.0, 6.0]])
     errors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
-    sums.add_sae(first, torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]), first + errors[:2])
-    sums.add_sae(second, torch.tensor([[0.0, 0.0, 0.0]]), second + errors[2:])
-    for name in ("ce_clean", "ce_spliced", "kl"):
-        sums.add(name, 1.0)
-    sums.n_predicted = 1
-    found = sums.means([])
+    one, two = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    sums.add_sae(first, torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]), first + errors[:2], two, 1)
+    sums.add_sae(second, torch.tensor([[0.0, 0.0, 0.0]]), second + errors[2:], one, 1)
+    for name, values in {"ce_clean": [1.0, 3.0, 4.0], "ce_spliced": [2.0, 3.0, 7.0], "kl": [1.0, 1.0, 4.0]}.items():
+        sums.add(name, torch.tensor(values[:2]), two, 1)
+        sums.add(name, torch.tensor(values[2:]), one, 1)
+    sums.add("n_predicted", torch.tensor([True, False]), two, 1)
+    sums.add("n_predicted", torch.tensor([True]), one, 1)
+    return sums
+
+
+def test_explained_variance_is_the_hand_worked_ratio_of_means():
+    sums = hand_worked_sums()
+    means = sums.means()
     # Mean activation (2, 2): squared distances 8, 4, 20; squared errors 1, 1, 4.
-    assert found.explained_variance == pytest.approx(1 - 6 / 32)
-    assert found.mse == pytest.approx(2)
-    assert (found.l0, found.n_alive, found.n_tokens) == (1.0, 2, 3)
+    assert float(means["explained_variance"]) == pytest.approx(1 - 6 / 32)
+    assert float(means["mse"]) == pytest.approx(2)
+    assert float(means["l0"]) == 1
+    assert float(means["ce_loss_increase"]) == pytest.approx(4 / 2)  # two tokens predict something
+    assert float(means["kl"]) == pytest.approx(2)
+    assert sums.fired is not None
+    assert sums.fired.tolist() == [True, True, False]
+
+
+def test_resampled_means_are_those_of_the_sequences_drawn():
+    weights = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
+    means = hand_worked_sums().means(weights)
+    assert means["kl"].tolist() == pytest.approx([1, 4, 2])
+    assert means["l0"].tolist() == pytest.approx([1.5, 0, 1])
+    # Of the first sequence alone: mean (1, 0), squared distances 1 and 1, squared errors 1 and 1. The second has one token.
+    assert means["explained_variance"][0] == pytest.approx(0)
+    assert means["explained_variance"][1].isnan()
+    assert means["explained_variance"][2] == pytest.approx(1 - 6 / 32)
+
+
+def test_bootstrap_intervals_cover_the_mean_of_a_known_population():
+    weights = bootstrap_weights(50, n_resamples=400, seed=3)
+    assert torch.equal(weights.sum(1), torch.full((400,), 50.0, dtype=torch.float64))
+    assert torch.equal(weights, bootstrap_weights(50, n_resamples=400, seed=3))
+    generator, hits = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        sample = torch.randn(50, generator=generator, dtype=torch.float64)
+        low, high = interval(weights @ sample / 50)
+        hits += low <= 0 <= high
+    assert 0.88 <= hits / 200 <= 0.99  # 95 %, less what the percentile interval is too narrow by
+    with pytest.raises(ValueError, match="confidence must be between 0 and 1, got 95"):
+        interval(torch.zeros(3), confidence=95)
 
 
 def test_a_perfect_sae_costs_nothing_and_an_empty_one_costs_the_variance():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
+from e2e_sae_plugin.evaluation.sums import SequenceSums
 from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel, SplicedPass
 from e2e_sae_plugin.splice.activations import select_tokens
-from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, downstream_error_sum, splice
+from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, downstream_errors, splice
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`sae_in [tokens, d_in]`, as the model has it, -> (`feature_acts [tokens, d_sae]`, `sae_out [tokens, d_in]`)."""
@@ -43,6 +44,8 @@ class SpliceMetrics:
     downstream_mse: dict[str, float]
     """`||a_hat^(k) - a^(k)||^2` by downstream hook."""
     n_tokens: int
+    sums: SequenceSums = field(repr=False, compare=False)
+    """What the means come from, by sequence: for bootstrap intervals."""
 
     @property
     def ce_loss_increase(self) -> float:
@@ -102,7 +105,7 @@ def measure(
         excluded: token ids that it is not applied to.
         head_index: the head that it is applied to.
     """
-    sums = _Sums()
+    sums = SequenceSums()
     for chunk in tokens.split(batch_size_prompts):
         micro = clean_micro_batch(model, chunk, hidden=True, seqpos_slice=seqpos_slice, excluded=excluded)
         if not micro.n_tokens:
@@ -110,61 +113,34 @@ def measure(
         sae_in = micro.sae_in(head_index)
         feature_acts, sae_out = reconstruct(sae_in)
         spliced = splice(model, micro, sae_out, head_index=head_index, hidden=True)
-        sums.add_sae(sae_in.to(sae_out.device), feature_acts, sae_out)
-        _add_outputs(sums, model, micro, spliced)
+        sequence = _sequence_of(micro)
+        sums.add_sae(sae_in.to(sae_out.device), feature_acts, sae_out, sequence, len(chunk))
+        _add_outputs(sums, model, micro, spliced, sequence)
         for hook in model.downstream_hooks:
-            sums.add(f"downstream/{hook}", downstream_error_sum(micro, spliced, hook))
-    return sums.means(model.downstream_hooks)
+            sums.add(f"downstream/{hook}", downstream_errors(micro, spliced, hook), sequence, len(chunk))
+    if not float(sums.total("n_predicted").sum()):
+        raise ValueError("There is no token to measure: every one is excluded or outside seqpos_slice.")
+    assert sums.fired is not None
+    means = {name: float(value) for name, value in sums.means(None, model.downstream_hooks).items()}
+    names = ("ce_loss_without_sae", "ce_loss_with_sae", "kl", "l0", "mse", "explained_variance")
+    return SpliceMetrics(
+        **{name: means[name] for name in names},
+        n_alive=int(sums.fired.sum()),
+        downstream_mse={hook: means[f"downstream_mse/{hook}"] for hook in model.downstream_hooks},
+        n_tokens=int(sums.total("n_tokens").sum()),
+        sums=sums,
+    )
 
 
-class _Sums:
-    """Running sums in fp64 on the CPU; variance from sums of squares about the first batch's mean, for precision."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-        self.n_tokens = 0
-        self.n_predicted = 0
-        self.origin: Tensor | None = None
-        self.shifted: Tensor | None = None
-        self.fired: Tensor | None = None
-
-    def add(self, name: str, value: Tensor | float) -> None:
-        self.values[name] = self.values.get(name, 0.0) + float(value)
-
-    def add_sae(self, sae_in: Tensor, feature_acts: Tensor, sae_out: Tensor) -> None:
-        sae_in = sae_in.double()
-        if self.origin is None or self.shifted is None:
-            self.origin = sae_in.mean(0)
-            self.shifted = torch.zeros_like(self.origin)
-        centred = sae_in - self.origin
-        self.shifted += centred.sum(0)
-        active = feature_acts.bool()
-        active = active.to_dense() if active.is_sparse else active
-        self.fired = active.any(0) if self.fired is None else self.fired | active.any(0)
-        self.n_tokens += len(sae_in)
-        self.add("squares", centred.pow(2).sum())
-        self.add("error", (sae_out.double() - sae_in).pow(2).sum())
-        self.add("active", active.sum())
-
-    def means(self, downstream_hooks: Sequence[str]) -> SpliceMetrics:
-        if not self.n_tokens or not self.n_predicted or self.shifted is None or self.fired is None:
-            raise ValueError("There is no token to measure: every one is excluded or outside seqpos_slice.")
-        n = self.n_tokens
-        variance = self.values["squares"] - float(self.shifted.pow(2).sum()) / n
-        return SpliceMetrics(
-            ce_loss_without_sae=self.values["ce_clean"] / self.n_predicted,
-            ce_loss_with_sae=self.values["ce_spliced"] / self.n_predicted,
-            kl=self.values["kl"] / n,
-            l0=self.values["active"] / n,
-            mse=self.values["error"] / n,
-            explained_variance=1 - self.values["error"] / variance if variance > 0 else float("nan"),
-            n_alive=int(self.fired.sum()),
-            downstream_mse={hook: self.values[f"downstream/{hook}"] / n for hook in downstream_hooks},
-            n_tokens=n,
-        )
+def _sequence_of(micro: MicroBatch) -> Tensor:
+    """Which sequence each measured token belongs to, `[n_tokens]`."""
+    rows = torch.arange(len(micro.tokens), device=micro.tokens.device)[:, None].expand_as(micro.tokens)
+    return rows.flatten() if micro.mask is None else rows[micro.mask.to(rows.device)]
 
 
-def _add_outputs(sums: _Sums, model: SplicedModel, micro: MicroBatch, spliced: SplicedPass) -> None:
+def _add_outputs(
+    sums: SequenceSums, model: SplicedModel, micro: MicroBatch, spliced: SplicedPass, sequence: Tensor
+) -> None:
     """KL and both cross-entropies over the trained tokens, a chunk of logits at a time."""
     assert micro.clean.hidden is not None
     assert spliced.hidden is not None
@@ -174,11 +150,14 @@ def _add_outputs(sums: _Sums, model: SplicedModel, micro: MicroBatch, spliced: S
     mask = None if micro.mask is None else micro.mask.to(device)
     targets = select_tokens(next_tokens[..., None].to(device), mask)[:, 0]
     clean, changed = select_tokens(micro.clean.hidden, mask), select_tokens(spliced.hidden, mask)
-    sums.n_predicted += int((targets != -100).sum())
+    terms: dict[str, list[Tensor]] = {"ce_clean": [], "ce_spliced": [], "kl": []}
     size = chunk_tokens(model.vocabulary)
     for i in range(0, len(targets), size):
         log_y = model.unembed(clean[i : i + size]).float().log_softmax(-1)
         log_y_hat = model.unembed(changed[i : i + size]).float().log_softmax(-1)
-        sums.add("ce_clean", F.nll_loss(log_y, targets[i : i + size], reduction="sum"))
-        sums.add("ce_spliced", F.nll_loss(log_y_hat, targets[i : i + size], reduction="sum"))
-        sums.add("kl", F.kl_div(log_y_hat, log_y, log_target=True, reduction="sum"))
+        terms["ce_clean"].append(F.nll_loss(log_y, targets[i : i + size], reduction="none"))
+        terms["ce_spliced"].append(F.nll_loss(log_y_hat, targets[i : i + size], reduction="none"))
+        terms["kl"].append(F.kl_div(log_y_hat, log_y, log_target=True, reduction="none").sum(-1))
+    values = {name: torch.cat(chunks) for name, chunks in terms.items()}
+    for name, value in {**values, "n_predicted": targets != -100}.items():
+        sums.add(name, value, sequence, len(micro.tokens))
