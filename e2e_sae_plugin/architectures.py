@@ -31,6 +31,9 @@ FIXED_L0 = frozenset({"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "m
 # They have a reconstruction-like extra.
 WITH_AUXILIARY = frozenset({"gated", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"})
 
+# Theirs is for dead features alone, and is left out with them.
+AUXILIARY_FOR_DEAD_FEATURES = frozenset({"topk", "abstopk", "batchtopk"})
+
 # Their losses are means over tokens of terms that no other token enters, so the SAE may run on some of a step's tokens at a
 # time. The default weight of an auxiliary reconstruction depends on the whole step's KL (and BatchTopK and Matryoshka
 # choose features across tokens); of a user's architecture nothing is known.
@@ -48,13 +51,18 @@ UNTRAINABLE_NORMALISATIONS = {
 }
 
 
-def check_normalisation(architecture: str, normalize_activations: str) -> None:
+def check_normalisation(architecture: str, normalize_activations: str, auxiliary: float | None = None) -> None:
     """Refuse combinations of architecture and activation normalisation that SAELens cannot train to the end.
+
+    Args:
+        auxiliary: `Objective.auxiliary`; with 0, TopK's auxiliary loss, which is what fails, is not computed.
 
     Raises:
         ValueError: for instance topk with layer_norm.
     """
     refused = UNTRAINABLE_NORMALISATIONS.get(architecture, frozenset())
+    if auxiliary == 0 and architecture in AUXILIARY_FOR_DEAD_FEATURES:
+        refused = refused - _RUN_TIME_NORMALISATIONS
     if normalize_activations in refused:
         usable = sorted(
             {"none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening"}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
+from e2e_sae_plugin.adapters import AdapterKind
 from e2e_sae_plugin.architectures import check_dtype, check_normalisation
 from e2e_sae_plugin.config_checks import check_schedule, check_start, check_values
 from e2e_sae_plugin.objective import Objective
@@ -90,6 +91,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             default none.
         keep_decoder_norms (bool): hold the norm of every row of `W_dec` where it is at the start: the gradient along a row
             is left out, and each step ends with the rows scaled back. Default False.
+        adapter (str): train few numbers in the place of weights: "low_rank" (LoRA) for those of `W_enc` and `W_dec` that are
+            not frozen; "scale", one factor per row of `W_dec`. Default "none". For an SAE that exists.
+        adapter_rank (int, optional): the rank of "low_rank"; None for 8.
+        patience_evaluations (int, optional): stop when the held-out KL has not fallen below its lowest value for so many
+            evaluations in a row. Default None: the run goes to its end.
         checkpoint_every_minutes (float, optional): write a checkpoint when so many minutes have passed since the last one.
             Default 15; None for none. Beside them come the `n_checkpoints` of SAELens, spread over the run, and one when
             the run is interrupted or fails. All go to a folder of the run's own below `checkpoint_path`.
@@ -113,6 +119,9 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     b_dec_init_method: Literal["zeros", "mean"] = "zeros"
     frozen_parameters: tuple[str, ...] = ()
     keep_decoder_norms: bool = False
+    adapter: AdapterKind = "none"
+    adapter_rank: int | None = None
+    patience_evaluations: int | None = None
     checkpoint_every_minutes: float | None = 15.0
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
@@ -127,7 +136,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         check_values(self)
         self._check_fields()
         super().__post_init__()
-        check_normalisation(self.sae.architecture(), self.sae.normalize_activations)
+        check_normalisation(self.sae.architecture(), self.sae.normalize_activations, self.objective.auxiliary)
         check_dtype(self.sae.architecture(), self.sae.dtype, bool(self.autocast))
         check_start(self)
         self._check_batch()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Whole-number fields for which zero or less means nothing.
 _AT_LEAST_ONE = (
     "eval_batch_size_prompts", "feature_sampling_window", "dead_feature_window", "keep_checkpoints", "max_skipped_steps",
+    "patience_evaluations",
 )  # fmt: skip
 _AT_LEAST_ZERO = ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "n_eval_batches")
 _SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
@@ -108,6 +109,7 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
         raise ValueError(
             "keep_decoder_norms=True has no effect: W_dec is among frozen_parameters. Leave one of them out."
         )
+    _check_adapter(cfg)
     if cfg.b_dec_init_method not in ("zeros", "mean"):
         raise ValueError(f"b_dec_init_method must be 'zeros' or 'mean', got {cfg.b_dec_init_method!r}.")
     if cfg.b_dec_init_method == "mean" and cfg.from_pretrained_path is not None:
@@ -130,6 +132,41 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
             f"local_first={cfg.local_first} cannot be trained with architecture {architecture!r} and objective.mse=0: the "
             "sparsity coefficient that suits the local part would be far too large or small for the KL. Use one of "
             f"{sorted(FIXED_L0)}, set objective.mse, or leave local_first at 0."
+        )
+
+
+def _check_adapter(cfg: E2ESAERunnerConfig) -> None:
+    if cfg.adapter not in ("none", "low_rank", "scale"):
+        raise ValueError(f"adapter must be 'none', 'low_rank' or 'scale', got {cfg.adapter!r}.")
+    if cfg.adapter_rank is not None and cfg.adapter != "low_rank":
+        raise ValueError(
+            f"adapter_rank={cfg.adapter_rank!r} has no effect with adapter={cfg.adapter!r}: leave it out, or set "
+            "adapter='low_rank'."
+        )
+    if cfg.adapter_rank is not None and not 1 <= cfg.adapter_rank <= cfg.sae.d_in:
+        raise ValueError(f"adapter_rank must be from 1 to d_in={cfg.sae.d_in}, got {cfg.adapter_rank!r}.")
+    if cfg.adapter == "scale" and cfg.keep_decoder_norms:
+        raise ValueError(
+            "adapter='scale' changes the decoder's norms, which keep_decoder_norms=True would hold. Drop one."
+        )
+    if cfg.adapter == "scale" and cfg.sae.architecture() == "matching_pursuit":
+        raise ValueError(
+            "adapter='scale' cannot be trained with architecture 'matching_pursuit', which reads with its decoder. Use "
+            "adapter='low_rank' or 'none'."
+        )
+
+
+def _check_patience(cfg: E2ESAERunnerConfig) -> None:
+    if cfg.patience_evaluations is None:
+        return
+    interval = cfg.logger.wandb_log_frequency * cfg.logger.eval_every_n_wandb_logs
+    n_evaluations = cfg.total_training_steps // interval
+    if cfg.n_eval_batches == 0 or n_evaluations <= cfg.patience_evaluations:
+        raise ValueError(
+            f"patience_evaluations={cfg.patience_evaluations!r} has no effect: the run of {cfg.total_training_steps} steps "
+            f"has {n_evaluations if cfg.n_eval_batches else 0} evaluations (every logger.wandb_log_frequency * "
+            f"logger.eval_every_n_wandb_logs = {interval} steps, on n_eval_batches={cfg.n_eval_batches}). Evaluate more "
+            "often, or leave it at None."
         )
 
 
@@ -156,6 +193,7 @@ def check_schedule(cfg: E2ESAERunnerConfig) -> None:
         raise ValueError(
             f"lr_decay_steps={cfg.lr_decay_steps} has nothing to decay from: lr_end is 0. Leave one of them out."
         )
+    _check_patience(cfg)
     every = cfg.checkpoint_every_minutes
     if every is not None and not 0 < every < math.inf:
         raise ValueError(f"checkpoint_every_minutes must be a finite number above 0, or None for none, got {every!r}.")

@@ -38,6 +38,7 @@ class StepStatistics:
         for name, buffer in trainer.sae.named_buffers():
             buffer.copy_(self._buffers[name])
         trainer.optimizer.zero_grad()
+        trainer.sae.zero_grad()  # the weights that an adapter stands for are not the optimizer's
 
 
 def find_fault(trainer: SplicedStepTrainer, batch: Tensor) -> str:

@@ -13,11 +13,19 @@ from jaxtyping import Int
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
 from torch import Tensor
+from torch.nn import Parameter
 
-from e2e_sae_plugin.architectures import TOKEN_SEPARABLE, combine_sae_losses, inner_reconstructions
+from e2e_sae_plugin.adapters import build_adapter
+from e2e_sae_plugin.architectures import (
+    AUXILIARY_FOR_DEAD_FEATURES,
+    TOKEN_SEPARABLE,
+    combine_sae_losses,
+    inner_reconstructions,
+)
 from e2e_sae_plugin.checkpoint.state import State, capture
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.constraints import DecoderNorms, freeze
+from e2e_sae_plugin.early_stop import EarlyStop
 from e2e_sae_plugin.faults import NonFiniteError, StepStatistics, find_fault
 from e2e_sae_plugin.kernels import relu_sae
 from e2e_sae_plugin.metrics_log import MetricsLog
@@ -69,6 +77,8 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.runner_cfg = cfg
         freeze(sae, cfg.frozen_parameters)
         self.decoder_norms = DecoderNorms(sae) if cfg.keep_decoder_norms else None
+        self.adapter = build_adapter(sae, cfg)
+        self.optimizer.param_groups[0]["params"] = list(self.trained_parameters().values())
         self.spliced_model = spliced_model
         self.metrics_log = metrics_log
         self.excluded_tokens = excluded_tokens
@@ -80,6 +90,14 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self._good_state: State | None = None  # before the first of the steps that are being skipped
         self.last_good_state: State | None = None  # that, once they are too many
         self.is_updating = False
+        self.early_stop = EarlyStop(cfg.patience_evaluations)
+
+    def trained_parameters(self) -> dict[str, Parameter]:
+        """What the optimizer moves, by name: the SAE's parameters that are not frozen, an adapter's in the place of those
+        that it stands for."""
+        adapted = () if self.adapter is None else self.adapter.weights
+        named = {name: p for name, p in self.sae.named_parameters() if p.requires_grad and name not in adapted}
+        return named | ({} if self.adapter is None else self.adapter.parameters)
 
     @property
     def objective(self) -> Objective:
@@ -203,7 +221,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.sae.train()
         step_input = TrainStepInput(
             sae_in=sae_in,
-            dead_neuron_mask=self.dead_neurons,
+            dead_neuron_mask=None if self._leaves_out_dead_features else self.dead_neurons,
             coefficients=self.get_coefficients(),
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
@@ -213,6 +231,11 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             if self.objective.needs_spliced_pass and relu_sae.can_train(self.sae):
                 return relu_sae.training_forward_pass(self.sae, step_input)  # pyright: ignore[reportArgumentType]
             return self.sae.training_forward_pass(step_input)
+
+    @property
+    def _leaves_out_dead_features(self) -> bool:
+        """Whether the auxiliary loss, all that the mask of dead features is for there, has no weight."""
+        return self.objective.auxiliary == 0 and self.sae.cfg.architecture() in AUXILIARY_FOR_DEAD_FEATURES
 
     @torch.no_grad()
     def _count_firing(self, fired: Tensor, n_tokens: int) -> None:
@@ -253,17 +276,19 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """Clip; whether the gradients are finite."""
         if self.decoder_norms is not None:
             self.decoder_norms.project_gradient()
-        limit = self.runner_cfg.max_grad_norm
+        if self.adapter is not None:
+            self.adapter.pull_gradients()
+        limit, trained = self.runner_cfg.max_grad_norm, list(self.trained_parameters().values())
         if limit is not None:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(trained, limit)
         else:
-            self.grad_norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in self.sae.parameters() if p.grad is not None]
-            )
+            self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         return bool(torch.isfinite(self.grad_norm))
 
     def _update(self) -> None:
         self.optimizer.step()
+        if self.adapter is not None:
+            self.adapter.write(None if self.decoder_norms is None else self.decoder_norms.norms)
         if self.decoder_norms is not None:
             self.decoder_norms.restore()
         self.optimizer.zero_grad()

@@ -22,6 +22,11 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
             f"explained variance {held_out['metrics/held_out_explained_variance']:.3f}"
         )
     lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {sae.d_sae:,} dead")
+    if trainer.early_stop.reached:
+        lines.append(
+            f"  stopped    early, of {cfg.training_tokens:,} tokens: the held-out KL has not fallen for "
+            f"{trainer.early_stop.n_without_gain} evaluations in a row"
+        )
     if trainer.n_skipped_steps:
         lines.append(f"  skipped    {trainer.n_skipped_steps:,} steps, whose loss or gradient was not finite")
     if cfg.output_path is not None:

@@ -96,13 +96,18 @@ class E2ESAETrainer(SplicedStepTrainer):
         estimate_activation_scaling(self)
         initialise_b_dec(self)
         with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
-            while self.n_training_samples < self.cfg.total_training_samples:
+            while self.n_training_samples < self.cfg.total_training_samples and not self.early_stop.reached:
                 self._log(self.maybe_reset_sparsity())
                 output = self._train_on_next_batch()
                 done = self.n_training_samples >= self.cfg.total_training_samples
                 progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=done)
                 self.checkpointer.after_step(self)
                 self.stop_if_asked()
+        if self.early_stop.reached:
+            logger.info(
+                "Stopped after step %d: the held-out KL has not fallen below %.6g for %d evaluations in a row.",
+                self.n_training_steps, self.early_stop.lowest, self.early_stop.n_without_gain,
+            )  # fmt: skip
         self._log(self.full_sparsity_window_log())
         self.evaluate()
         self._keep_unfolded()
@@ -123,7 +128,9 @@ class E2ESAETrainer(SplicedStepTrainer):
         if logs:
             self._log(self._step_metrics(output), self.n_training_steps - 1)
         if evaluates:
-            self.evaluate(self.n_training_steps - 1)
+            held_out = self.evaluate(self.n_training_steps - 1)
+            if held_out and self.objective.needs_spliced_pass:  # the KL of a local part is not what is watched
+                self.early_stop.see(held_out["metrics/held_out_kl"])
         return output
 
     def stop_if_asked(self) -> None:

@@ -12,7 +12,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from e2e_sae_plugin import splice_into
-from e2e_sae_plugin.evaluation import measure, reconstruct_with
+from e2e_sae_plugin.evaluation import SpliceMetrics, measure, reconstruct_with
 from e2e_sae_plugin.evaluation.sums import SequenceSums, bootstrap_weights, interval
 from e2e_sae_plugin.kernels import kl
 
@@ -63,7 +63,7 @@ def naive_metrics(model: Any, sae: Any, tokens: Tensor, mask: Tensor, hook_name:
     return found
 
 
-def assert_equal_metrics(found: metrics.SpliceMetrics, naive: dict[str, Any]) -> None:
+def assert_equal_metrics(found: SpliceMetrics, naive: dict[str, Any]) -> None:
     close: Any = {"rel": 2e-5, "abs": 1e-6}
     assert found.ce_loss_without_sae == pytest.approx(naive["ce_clean"], **close)
     assert found.ce_loss_with_sae == pytest.approx(naive["ce_spliced"], **close)

@@ -52,10 +52,13 @@ def capture(trainer: SplicedStepTrainer, *, last_batch_is_trained: bool = True) 
         "random": random_json,
         "data": data_json,
         "metrics": trainer.metrics_log.state(),
+        "early_stop": trainer.early_stop.state(),
     }
     norms = {} if trainer.decoder_norms is None else {"decoder_norms": trainer.decoder_norms.norms.clone()}
+    adapter = {} if trainer.adapter is None else trainer.adapter.state()
     tensors = {
         **norms,
+        **{f"adapter.{name}": tensor for name, tensor in adapter.items()},
         "act_freq_scores": trainer.act_freq_scores.clone(),
         "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired.clone(),
         **{f"random.{name}": tensor for name, tensor in random_tensors.items()},
@@ -71,7 +74,7 @@ def save(trainer: SplicedStepTrainer, folder: Path, captured: State) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_TENSORS_FILENAME)
     moments = {
         f"{name}/{key}": value.contiguous()
-        for name, parameter in trainer.sae.named_parameters()
+        for name, parameter in trainer.trained_parameters().items()
         for key, value in trainer.optimizer.state.get(parameter, {}).items()
     }
     save_file(moments, folder / OPTIMIZER_FILENAME)
@@ -106,6 +109,10 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     trainer.n_forward_passes_since_fired = tensors["n_forward_passes_since_fired"].to(device)
     if trainer.decoder_norms is not None:
         trainer.decoder_norms.norms = tensors["decoder_norms"].to(device)
+    if trainer.adapter is not None:
+        trainer.adapter.load({name.removeprefix("adapter."): tensor for name, tensor in tensors.items()})
+    if "early_stop" in state:  # an older checkpoint has none
+        trainer.early_stop.load(state["early_stop"])
     trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
     if isinstance(trainer.data_provider, TokenStream) and state["data"] is not None:
         data = {name.removeprefix("data."): tensor for name, tensor in tensors.items() if name.startswith("data.")}
@@ -124,7 +131,7 @@ def _load_optimizer(trainer: SplicedStepTrainer, groups: list[dict[str, Any]], m
     for group, saved in zip(trainer.optimizer.param_groups, groups, strict=True):
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-    parameters = dict(trainer.sae.named_parameters())
+    parameters = trainer.trained_parameters()
     trainer.optimizer.state.clear()
     for name, value in moments.items():
         parameter_name, key = name.split("/")
