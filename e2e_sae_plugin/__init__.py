@@ -4,6 +4,9 @@ from e2e_sae_plugin._version import __version__ as __version__
 from e2e_sae_plugin.checkpoint import DamagedCheckpointError as DamagedCheckpointError
 from e2e_sae_plugin.config import E2ESAERunnerConfig as E2ESAERunnerConfig
 from e2e_sae_plugin.faults import NonFiniteError as NonFiniteError
+from e2e_sae_plugin.finetune import FinetuneRunner as FinetuneRunner
+from e2e_sae_plugin.finetune import finetune_config as finetune_config
+from e2e_sae_plugin.finetune import load_sae as load_sae
 from e2e_sae_plugin.interruption import RunInterrupted as RunInterrupted
 from e2e_sae_plugin.objective import Objective as Objective
 from e2e_sae_plugin.presets import paper_config as paper_config

@@ -22,7 +22,7 @@ from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, quiet_override_warning, reading_dataset
 from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
 from e2e_sae_plugin.checkpoint.folder import recover, whole_files
-from e2e_sae_plugin.checkpoint.identity import run_identity
+from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerprint
 from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
@@ -266,6 +266,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)
         self.sae.cfg.metadata.run_identity = self.identity
+        tokenizer = getattr(self.model, "tokenizer", None)
+        self.sae.cfg.metadata.tokenizer_sha256 = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
         self.sae.cfg.metadata.e2e_sae_plugin_version = __version__
 
     def _clear_leftovers(self) -> None:

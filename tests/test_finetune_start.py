@@ -16,6 +16,7 @@ from e2e_sae_plugin.finetune.start import (
     finished_form,
     load_sae,
     same_weights,
+    training_config,
     training_counterpart,
 )
 
@@ -48,29 +49,29 @@ def test_nothing_trained_is_the_same_sae_to_the_bit(architecture: str, tmp_path:
 def test_the_sparsity_coefficient_comes_from_the_metadata_or_the_user(architecture: str, tmp_path: Path):
     name = SPARSITY_COEFFICIENT[architecture]
     original = finished(architecture, tmp_path, **{name: 0.123})
-    assert getattr(training_counterpart(original).cfg, name) == 0.123
-    assert getattr(training_counterpart(original, {name: 0.5}).cfg, name) == 0.5
+    assert getattr(training_config(original), name) == 0.123
+    assert getattr(training_config(original, {name: 0.5}), name) == 0.5
     original.cfg.metadata.training_architecture_details = None
     if architecture == "jumprelu":
-        assert training_counterpart(original).cfg.l0_coefficient == 0
+        assert training_config(original).l0_coefficient == 0
         with pytest.raises(ValueError, match="do not say its l0_coefficient"):
-            training_counterpart(original, thresholds_are_frozen=False)
+            training_config(original, thresholds_are_frozen=False)
     else:
         with pytest.raises(ValueError, match="do not say its l1_coefficient, without which its L0 would drift"):
             training_counterpart(original)
-    assert getattr(training_counterpart(original, {name: 0.5}).cfg, name) == 0.5
+    assert getattr(training_config(original, {name: 0.5}), name) == 0.5
 
 
 def test_what_the_metadata_say_of_another_architecture_is_not_taken(tmp_path: Path):
     exported = finished("batchtopk", tmp_path)
     assert exported.cfg.architecture() == "jumprelu"
     assert exported.cfg.metadata.training_architecture == "batchtopk"
-    assert training_counterpart(exported).cfg.l0_coefficient == 0
+    assert training_config(exported).l0_coefficient == 0
 
 
 def test_warm_ups_are_over(tmp_path: Path):
     original = finished("standard", tmp_path, l1_warm_up_steps=500)
-    assert training_counterpart(original).cfg.l1_warm_up_steps == 0
+    assert training_config(original).l1_warm_up_steps == 0
 
 
 def test_low_precision_becomes_fp32(tmp_path: Path):
@@ -98,7 +99,7 @@ def test_architectures_without_a_training_form_are_refused_by_name():
 
 def test_unknown_settings_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="'topk' has no training setting 'l1_coefficient'"):
-        training_counterpart(finished("topk", tmp_path), {"l1_coefficient": 1.0})
+        training_config(finished("topk", tmp_path), {"l1_coefficient": 1.0})
 
 
 def test_saes_are_found_in_folders_and_refused_by_name_elsewhere(tmp_path: Path):

@@ -26,6 +26,14 @@ def fingerprint(module: Any) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over a tokenizer's vocabulary: every token with its id."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        digest.update(f"{index} {token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
 def run_identity(model: Any, override_sae: Any) -> dict[str, str | None]:
     """Fingerprints by name; None for what is not there (no SAE was given) or not yet known (the model is not loaded)."""
     return {

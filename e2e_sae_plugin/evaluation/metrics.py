@@ -66,6 +66,18 @@ class SpliceMetrics:
         }
 
 
+def encode_with(sae: SAE[Any], activation_shape: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
+    """`sae_in [tokens, d_in]`, as the model has it, -> `feature_acts [tokens, d_sae]`; arguments: see `reconstruct_with`."""
+
+    def encode(sae_in: Tensor) -> Tensor:
+        x = sae_in.to(sae.W_dec.device, sae.W_dec.dtype)
+        if sae.hook_z_reshaping_mode and activation_shape is not None:
+            x = x.unflatten(-1, tuple(activation_shape))
+        return sae.encode(x)
+
+    return encode
+
+
 def reconstruct_with(sae: SAE[Any], activation_shape: Sequence[int] | None = None) -> Reconstruct:
     """`Reconstruct` of an SAE in inference or training form.
 
@@ -74,11 +86,10 @@ def reconstruct_with(sae: SAE[Any], activation_shape: Sequence[int] | None = Non
             by itself.
     """
 
+    encode = encode_with(sae, activation_shape)
+
     def reconstruct(sae_in: Tensor) -> tuple[Tensor, Tensor]:
-        x = sae_in.to(sae.device)
-        if sae.hook_z_reshaping_mode and activation_shape is not None:
-            x = x.unflatten(-1, tuple(activation_shape))
-        feature_acts = sae.encode(x)
+        feature_acts = encode(sae_in)
         return feature_acts, sae.decode(feature_acts).flatten(1)
 
     return reconstruct

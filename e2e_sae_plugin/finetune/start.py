@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
+ESTIMATED_NORMALISATIONS = ("expected_average_only_in", "covariance_whitening")
 # The setting that keeps an architecture sparse while its weights move. Those that fix L0 by themselves have none.
 SPARSITY_COEFFICIENT = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
@@ -44,10 +45,13 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
     return SAE.from_pretrained(str(source), sae_id, device=device)
 
 
-def training_counterpart(
+def training_config(
     sae: SAE[Any], settings: Mapping[str, Any] | None = None, *, thresholds_are_frozen: bool = True
-) -> TrainingSAE[Any]:
-    """The SAE in the form that SAELens trains, in fp32: the same weights, and what its training settings were.
+) -> TrainingSAEConfig:
+    """The training config of the architecture that the SAE has, in fp32, with what its training settings were.
+
+    A normalisation that was estimated is folded into a finished SAE's weights (SAELens ignores one that was not), so it is
+    "none" here; those at run time stay.
 
     Args:
         sae: a finished SAE, in inference or training form.
@@ -66,7 +70,7 @@ def training_counterpart(
             f"An SAE of architecture {architecture!r} cannot be fine-tuned: SAELens has no training form of it.{transcoder} "
             f"Expected one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}."
         )
-    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    config_class = get_sae_training_class(architecture)[1]
     known = {field.name for field in fields(config_class)} - {"metadata"}
     for name in settings or {}:
         if name not in known:
@@ -74,11 +78,24 @@ def training_counterpart(
     inherited = {**_saved_training_settings(sae, architecture), **_shared_settings(sae, known)}
     chosen = {**inherited, **(settings or {}), "dtype": "float32"}
     _require_sparsity(architecture, chosen, thresholds_are_frozen)
-    config = config_class.from_dict({**{k: v for k, v in chosen.items() if k in known}, "architecture": architecture})
+    if chosen["normalize_activations"] in ESTIMATED_NORMALISATIONS:
+        chosen["normalize_activations"] = "none"
+    return config_class.from_dict({**{k: v for k, v in chosen.items() if k in known}, "architecture": architecture})
+
+
+def training_counterpart(sae: SAE[Any], config: TrainingSAEConfig | None = None) -> TrainingSAE[Any]:
+    """The SAE in the form that SAELens trains, in fp32 and with the same weights.
+
+    Args:
+        config: from `training_config`, the default.
+
+    Raises:
+        ValueError: as in `training_config`.
+    """
+    config = copy.deepcopy(training_config(sae) if config is None else config)
     config.metadata = type(sae.cfg.metadata)(**sae.cfg.metadata.to_dict())
-    trained: TrainingSAE[Any] = sae_class(config)
-    weights = {name: value.detach().clone().float() for name, value in sae.state_dict().items()}
-    trained.load_state_dict(weights)
+    trained: TrainingSAE[Any] = get_sae_training_class(config.architecture())[0](config)
+    trained.load_state_dict({name: value.detach().clone().float() for name, value in sae.state_dict().items()})
     return trained.to(sae.device)
 
 

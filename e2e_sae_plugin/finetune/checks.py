@@ -1,0 +1,120 @@
+"""What has to fit between an SAE that exists and the model and data of a fine-tune, each refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import Tensor
+from transformer_lens.loading_from_pretrained import get_official_model_name
+
+from e2e_sae_plugin.checkpoint.identity import tokenizer_fingerprint
+
+L1_TOLERANCE = 5.0
+"""A coefficient of the metadata that is further than this factor from what the SAE's shrinkage implies is refused."""
+
+
+def same_model_name(first: str, second: str) -> bool:
+    """Whether two names mean one model: TransformerLens's aliases, with or without the organisation."""
+    return _plain_name(first) == _plain_name(second)
+
+
+def _plain_name(name: str) -> str:
+    with contextlib.suppress(ValueError):  # not one of TransformerLens's
+        name = get_official_model_name(name)
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def check_same_place(sae: SAE[Any], model_name: str, hook_name: str, hook_head_index: int | None) -> None:
+    """Refuse a model or hook other than the metadata's.
+
+    Raises:
+        ValueError: names both, and how to force it.
+    """
+    metadata = sae.cfg.metadata
+    differences: list[str] = []
+    if metadata.model_name is not None and not same_model_name(metadata.model_name, model_name):
+        differences.append(f"model_name={metadata.model_name!r}, not {model_name!r}")
+    if metadata.hook_name is not None and metadata.hook_name != hook_name:
+        differences.append(f"hook_name={metadata.hook_name!r}, not {hook_name!r}")
+    if metadata.hook_name is not None and metadata.hook_head_index != hook_head_index:
+        differences.append(f"hook_head_index={metadata.hook_head_index!r}, not {hook_head_index!r}")
+    if differences:
+        raise ValueError(
+            f"The SAE was trained on another place: {'; '.join(differences)} (its metadata say). Leave that out to take the "
+            "metadata's, or set force=True (--force) to fine-tune it there all the same, for instance on the chat version "
+            "of its model."
+        )
+
+
+def check_given_model(sae: SAE[Any], model: Any) -> None:
+    """Refuse a model object that is named otherwise than the SAE's metadata say.
+
+    Raises:
+        ValueError: names both.
+    """
+    wrapped = getattr(model, "model", model)
+    name = getattr(getattr(model, "cfg", None), "model_name", None)
+    name = name or getattr(getattr(wrapped, "config", None), "name_or_path", None)
+    expected = sae.cfg.metadata.model_name
+    if name and expected and not same_model_name(str(name), expected):
+        raise ValueError(
+            f"override_model is {name!r}, but the SAE is of model_name={expected!r} (its metadata say). Pass that model, or "
+            "set force=True to fine-tune on this one all the same."
+        )
+
+
+def check_tokenizer(sae: SAE[Any], tokenizer: Any) -> None:
+    """Refuse a tokenizer other than the one that the SAE was trained with, where its metadata have its fingerprint
+    (those of this package's SAEs have).
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
+    expected = sae.cfg.metadata.tokenizer_sha256
+    if expected is None or tokenizer is None:
+        return
+    if tokenizer_fingerprint(tokenizer) != expected:
+        raise ValueError(
+            "The model's tokenizer is not the one that the SAE was trained with: the vocabulary's fingerprint differs from "
+            "tokenizer_sha256 in the SAE's metadata, so its features would see other text. Use the SAE's own model and "
+            "tokenizer, or set force=True (--force) to go on all the same."
+        )
+
+
+@torch.no_grad()
+def implied_l1_coefficient(sae: SAE[Any], sae_in: Tensor) -> float:
+    """The L1 coefficient at which the SAE would be at rest, from how far its reconstructions are shrunk.
+
+    Where `||x - b - y||^2 + lambda * sum_i f_i ||d_i||` with `y = sum_i f_i d_i` is least, scaling all of `f` changes
+    nothing: `lambda = 2 E[(x - b - y) . y] / E[sum_i f_i ||d_i||]`.
+
+    Args:
+        sae_in: activations `[tokens, d_in]` that the SAE reads.
+    """
+    feature_acts = sae.encode(sae_in)
+    sae_out = sae.decode(feature_acts)
+    written = sae_out - sae.decode(torch.zeros_like(feature_acts))
+    shrinkage = 2 * ((sae_in - sae_out) * written).sum(-1).mean()
+    l1 = (feature_acts * sae.W_dec.norm(dim=1)).sum(-1).mean()
+    return float(shrinkage / l1) if float(l1) > 0 else 0.0
+
+
+def check_l1_coefficient(sae: SAE[Any], coefficient: float, sae_in: Tensor) -> None:
+    """Refuse an L1 coefficient of the metadata that this SAE cannot have been trained with as it is now.
+
+    SAELens folds activations' estimated normalisation into the weights when it saves, but the coefficient in the metadata
+    still belongs to normalised activations; it would be wrong by their scale, and the L0 would drift.
+
+    Raises:
+        ValueError: names both coefficients.
+    """
+    implied = implied_l1_coefficient(sae, sae_in)
+    if coefficient == 0 or not (1 / L1_TOLERANCE < implied / coefficient < L1_TOLERANCE):
+        raise ValueError(
+            f"The metadata say l1_coefficient={coefficient:.6g}, but the SAE's reconstructions are shrunk as by about "
+            f"{implied:.4g}: it was probably trained on normalised activations, and the normalisation is folded into its "
+            f"weights. Give the coefficient for activations as they are, for instance l1_coefficient={implied:.4g}."
+        )
