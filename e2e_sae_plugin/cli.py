@@ -1,4 +1,4 @@
-"""The command line: `e2e-sae train`, `e2e-sae demo`."""
+"""The command line: `e2e-sae train`, `e2e-sae finetune`, `e2e-sae demo`."""
 
 import argparse
 import dataclasses
@@ -18,6 +18,7 @@ from simple_parsing import ArgumentParser, subgroups
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.config import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, MODEL_CLASSES, E2ESAERunnerConfig
 from e2e_sae_plugin.faults import NonFiniteError
+from e2e_sae_plugin.finetune.command import finetune
 from e2e_sae_plugin.interruption import RunInterrupted
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
@@ -27,8 +28,9 @@ USAGE = """usage: e2e-sae [--version] [--help] <command> ...
 Train sparse autoencoders end to end, plugged into SAELens.
 
 commands:
-  train   train an SAE; flags of SAELens's runner and of the objective, or --config run.yaml
-  demo    train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
+  train      train an SAE; flags of SAELens's runner and of the objective, or --config run.yaml
+  finetune   make a finished SAE faithful: a short run on KL + MSE, and a table of before and after
+  demo       train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
 
 e2e-sae <command> --help explains a command."""
 
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"e2e-sae-plugin {__version__}")
         return 0
-    commands = {"train": train, "demo": demo}
+    commands = {"train": train, "finetune": finetune, "demo": demo}
     if argv[0] not in commands:
         print(f"{USAGE}\n\ne2e-sae: unknown command {argv[0]!r}, expected one of {sorted(commands)}", file=sys.stderr)
         return 2

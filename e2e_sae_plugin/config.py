@@ -221,7 +221,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             ValueError: an unknown key anywhere (near matches are suggested), or a value that the class refuses.
         """
         cfg_dict = dict(cfg_dict)
-        _require_known_keys(cfg_dict, {f.name for f in fields(cls)}, "config")
+        require_known_keys(cfg_dict, {f.name for f in fields(cls)}, "config")
         sae = dict(cfg_dict.get("sae") or {})
         architecture = sae.get("architecture")
         if architecture not in SAE_TRAINING_CLASS_REGISTRY:
@@ -229,16 +229,16 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
                 f"sae.architecture must be one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}, got {architecture!r}."
             )
         sae_class = get_sae_training_class(architecture)[1]
-        _require_known_keys(sae, {f.name for f in fields(sae_class)} | {"architecture"}, "sae")
-        cfg_dict = {**cfg_dict, **_numbers(cfg_dict, cls, "config")}
-        cfg_dict["sae"] = sae_class.from_dict(_numbers(sae, sae_class, "sae"))
+        require_known_keys(sae, {f.name for f in fields(sae_class)} | {"architecture"}, "sae")
+        cfg_dict = {**cfg_dict, **read_numbers(cfg_dict, cls, "config")}
+        cfg_dict["sae"] = sae_class.from_dict(read_numbers(sae, sae_class, "sae"))
         logging_dict = dict(cfg_dict.get("logger") or {})
-        _require_known_keys(logging_dict, {f.name for f in fields(LoggingConfig)}, "logger")
+        require_known_keys(logging_dict, {f.name for f in fields(LoggingConfig)}, "logger")
         cfg_dict["logger"] = LoggingConfig(**logging_dict)
         if "objective" in cfg_dict:
             objective = cfg_dict["objective"]
             cfg_dict["objective"] = Objective.from_dict(
-                objective if isinstance(objective, str) else _numbers(objective, Objective, "objective")
+                objective if isinstance(objective, str) else read_numbers(objective, Objective, "objective")
             )
         for name in ("seqpos_slice", "frozen_parameters"):
             if name in cfg_dict:
@@ -253,7 +253,12 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         return config
 
 
-def _require_known_keys(given: Mapping[str, Any], known: set[str], where: str) -> None:
+def require_known_keys(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Refuse a key that is not known, with the nearest one that is.
+
+    Raises:
+        ValueError: names the key.
+    """
     for key in given:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -261,7 +266,7 @@ def _require_known_keys(given: Mapping[str, Any], known: set[str], where: str) -
             raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
 
 
-def _numbers(given: Mapping[str, Any], config_class: type, where: str) -> dict[str, Any]:
+def read_numbers(given: Mapping[str, Any], config_class: type, where: str) -> dict[str, Any]:
     """Numbers as numbers: YAML reads `3e-4` (without a dot) as a string, and `1.0e6` tokens as a float."""
     types = {f.name: f.type for f in fields(config_class)}
     converted = dict(given)

@@ -8,13 +8,14 @@ thresholds, the context and the special tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal, get_args
 
 from sae_lens import SAE
 from sae_lens.config import LoggingConfig
 
 from e2e_sae_plugin.architectures import AUXILIARY_FOR_DEAD_FEATURES
-from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, require_known_keys
 from e2e_sae_plugin.finetune.checks import check_same_place
 from e2e_sae_plugin.finetune.start import training_config
 from e2e_sae_plugin.objective import Objective
@@ -71,6 +72,9 @@ def finetune_config(
         ValueError: the metadata lack what is needed and `overrides` do not give it, they say otherwise than `overrides`,
             or a setting is refused.
     """
+    known = {field.name for field in fields(E2ESAERunnerConfig)} - {"sae", "training_tokens"}
+    require_known_keys(overrides, known, "the overrides of finetune_config")
+    overrides = read_numbers(overrides, E2ESAERunnerConfig, "the overrides")
     if trained not in get_args(Trained):
         raise ValueError(f"trained must be one of {list(get_args(Trained))}, got {trained!r}.")
     if evaluation_tokens < 1:

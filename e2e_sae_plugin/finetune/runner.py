@@ -22,6 +22,7 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import SpliceMetrics, encode_with, measure, reconstruct_with
 from e2e_sae_plugin.finetune.checks import check_given_model, check_l1_coefficient, check_tokenizer
 from e2e_sae_plugin.finetune.labels import label_transfer
+from e2e_sae_plugin.finetune.lineage import finetuned_metadata
 from e2e_sae_plugin.finetune.movement import movement
 from e2e_sae_plugin.finetune.report import FinetuneReport
 from e2e_sae_plugin.finetune.start import finished_form, training_counterpart
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 REPORT_FILENAME = "finetune_report.json"
 TABLE_FILENAME = "finetune_report.md"
 FEATURES_FILENAME = "finetune_features.csv"
-# Of the metadata, where the SAE belongs.
-PLACE = ("model_name", "hook_name", "hook_head_index", "model_class_name")
 PROGRESS_SHARE = 8
 """The evaluations during a run use this fraction of the held-out sequences."""
 
@@ -183,6 +182,14 @@ class FinetuneRunner(E2ESAETrainingRunner):
         if not self.original.hook_z_reshaping_mode:
             check_l1_coefficient(self.original, float(coefficient), x)
 
+    def _evaluate(self, trainer: E2ESAETrainer) -> dict[str, float]:
+        found = super()._evaluate(trainer)
+        self._say(
+            f"{trainer.n_training_samples:>13,} tokens   held-out KL {found['metrics/held_out_kl']:.4f}   "
+            f"CE loss increase {found['metrics/ce_loss_increase']:+.4f}   L0 {found['metrics/held_out_l0']:.1f}"
+        )
+        return found
+
     def _build_trainer(self) -> E2ESAETrainer:
         self.trainer = super()._build_trainer()
         return self.trainer
@@ -190,26 +197,15 @@ class FinetuneRunner(E2ESAETrainingRunner):
     def _finished(self, trained: TrainingSAE[Any]) -> SAE[Any]:
         """The fine-tuned SAE in the original's form, with where it comes from in its metadata."""
         finished = finished_form(trained, self.original)
-        metadata, cfg = finished.cfg.metadata, self.cfg
-        original = self.original.cfg.metadata
-        lineage = {name: original[name] for name in (*PLACE, "dataset_path", "neuronpedia_id", "finetuned_from")}
-        metadata.finetuned_from = {
-            "source": self.source,
-            "weights_sha256": self.identity["override_sae"],
-            **{name: value for name, value in lineage.items() if value is not None},
-        }
-        metadata.finetuning = {
-            "objective": cfg.objective.to_dict(),
-            "training_tokens": self.trainer.n_training_samples,
-            "dataset_path": cfg.dataset_path,
-            "lr": cfg.lr,
-            "trained_parameters": sorted(self.trainer.trained_parameters()),
-        }
-        metadata.neuronpedia_id = None  # its dashboards show the original
-        for name in (*PLACE, "context_size", "seqpos_slice", "prepend_bos", "exclude_special_tokens"):
-            metadata[name] = getattr(cfg, name)
-        for name in ("run_identity", "tokenizer_sha256", "e2e_sae_plugin_version"):
-            metadata[name] = trained.cfg.metadata[name]
+        finished.cfg.metadata = finetuned_metadata(
+            self.original.cfg.metadata,
+            trained.cfg.metadata,
+            self.cfg,
+            source=self.source,
+            weights_sha256=self.identity["override_sae"],
+            training_tokens=self.trainer.n_training_samples,
+            trained_parameters=sorted(self.trainer.trained_parameters()),
+        )
         return finished
 
     def save_final_sae(
