@@ -12,6 +12,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from e2e_sae_plugin.checkpoint.identity import tokenizer_fingerprint
 
+UNNAMED = "custom"  # what TransformerLens calls a model without a name
 L1_TOLERANCE = 5.0
 """A coefficient of the metadata that is further than this factor from what the SAE's shrinkage implies is refused."""
 
@@ -59,7 +60,7 @@ def check_given_model(sae: SAE[Any], model: Any) -> None:
     name = getattr(getattr(model, "cfg", None), "model_name", None)
     name = name or getattr(getattr(wrapped, "config", None), "name_or_path", None)
     expected = sae.cfg.metadata.model_name
-    if name and expected and not same_model_name(str(name), expected):
+    if name and name != UNNAMED and expected and not same_model_name(str(name), expected):
         raise ValueError(
             f"override_model is {name!r}, but the SAE is of model_name={expected!r} (its metadata say). Pass that model, or "
             "set force=True to fine-tune on this one all the same."

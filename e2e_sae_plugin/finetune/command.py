@@ -65,8 +65,8 @@ def finetune(argv: Sequence[str]) -> None:
 # Flags that are fields of `E2ESAERunnerConfig`.
 FIELDS = (
     "output_path", "overwrite_output", "checkpoint_path", "resume_from_checkpoint", "dataset_path", "streaming",
-    "model_name", "model_class_name", "hook_name", "context_size", "lr", "train_batch_size_tokens", "store_batch_size_prompts", "device",
-    "seed",
+    "model_name", "model_class_name", "hook_name", "context_size", "lr", "train_batch_size_tokens",
+    "store_batch_size_prompts", "device", "seed",
 )  # fmt: skip
 
 
