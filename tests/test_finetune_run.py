@@ -142,8 +142,8 @@ def test_every_family_in_bfloat16_under_an_sae_in_fp32(family: str, tmp_path: Pa
     model = {
         "hooked_transformer": lambda: tiny_hooked_transformer().to(torch.bfloat16),
         "bridge": lambda: tiny_bridge().to(torch.bfloat16),
-        "gpt2": lambda: proxy(tiny_gpt2_model().to(torch.bfloat16)),
-        "llama": lambda: proxy(tiny_llama_model().to(torch.bfloat16)),
+        "gpt2": lambda: proxy(tiny_gpt2_model().bfloat16()),
+        "llama": lambda: proxy(tiny_llama_model().bfloat16()),
     }[family]()
     hook = {"gpt2": "transformer.h.0", "llama": "model.layers.0", "bridge": "blocks.1.hook_in"}.get(family, HOOK)
     original = finished(tmp_path, hook_name=hook, model_name=None)
@@ -291,7 +291,9 @@ def test_the_implied_l1_coefficient_is_that_of_an_sae_at_rest(tmp_path: Path):
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.zero_()
-        sae.W_enc[0, 0], sae.W_dec[0, 0], sae.b_enc[0] = 1, 1, -0.15
+        parameters: Any = dict(sae.named_parameters())
+        parameters["W_enc"][0, 0] = parameters["W_dec"][0, 0] = 1
+        parameters["b_enc"][0] = -0.15
     x = torch.zeros(50, 16)
     x[:, 0] = torch.linspace(1, 3, 50)
     assert implied_l1_coefficient(sae, x) == pytest.approx(0.3, rel=1e-5)
