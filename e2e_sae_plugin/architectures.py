@@ -39,14 +39,14 @@ AUXILIARY_FOR_DEAD_FEATURES = frozenset({"topk", "abstopk", "batchtopk"})
 # choose features across tokens); of a user's architecture nothing is known.
 TOKEN_SEPARABLE = NAMES_EVERY_LOSS - WITH_AUXILIARY
 
-_RUN_TIME_NORMALISATIONS = frozenset({"layer_norm", "constant_norm_rescale"})
+RUN_TIME_NORMALISATIONS = frozenset({"layer_norm", "constant_norm_rescale"})
 # The host raises for these once a feature is dead (TopK's auxiliary loss, in topk_sae.py) or, with Matryoshka, at the
 # first inner level; matching pursuit's tied encoder cannot absorb a whitening.
 UNTRAINABLE_NORMALISATIONS = {
-    "topk": _RUN_TIME_NORMALISATIONS,
-    "abstopk": _RUN_TIME_NORMALISATIONS,
-    "batchtopk": _RUN_TIME_NORMALISATIONS,
-    "matryoshka_batchtopk": _RUN_TIME_NORMALISATIONS,
+    "topk": RUN_TIME_NORMALISATIONS,
+    "abstopk": RUN_TIME_NORMALISATIONS,
+    "batchtopk": RUN_TIME_NORMALISATIONS,
+    "matryoshka_batchtopk": RUN_TIME_NORMALISATIONS,
     "matching_pursuit": frozenset({"covariance_whitening"}),
 }
 
@@ -62,7 +62,7 @@ def check_normalisation(architecture: str, normalize_activations: str, auxiliary
     """
     refused = UNTRAINABLE_NORMALISATIONS.get(architecture, frozenset())
     if auxiliary == 0 and architecture in AUXILIARY_FOR_DEAD_FEATURES:
-        refused = refused - _RUN_TIME_NORMALISATIONS
+        refused = refused - RUN_TIME_NORMALISATIONS
     if normalize_activations in refused:
         usable = sorted(
             {"none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening"}

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from sae_lens import SAE
 from sae_lens.config import LoggingConfig
 
-from e2e_sae_plugin.architectures import AUXILIARY_FOR_DEAD_FEATURES
+from e2e_sae_plugin.architectures import AUXILIARY_FOR_DEAD_FEATURES, RUN_TIME_NORMALISATIONS
 from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, require_known_keys
 from e2e_sae_plugin.finetune.checks import check_same_place
 from e2e_sae_plugin.finetune.start import training_config
@@ -131,7 +131,7 @@ def _model_kwargs(settings: dict[str, Any], overrides: Mapping[str, Any], dtype:
 
 def _objective(config: Any) -> Objective:
     """SAELens cannot compute TopK's auxiliary loss under the normalisations at run time; it is for dead features alone."""
-    at_run_time = config.normalize_activations in ("layer_norm", "constant_norm_rescale")
+    at_run_time = config.normalize_activations in RUN_TIME_NORMALISATIONS
     if at_run_time and config.architecture() in AUXILIARY_FOR_DEAD_FEATURES:
         return Objective.finetune(auxiliary=0.0)
     return Objective.finetune()
