@@ -234,8 +234,12 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     @property
     def _leaves_out_dead_features(self) -> bool:
-        """Whether the auxiliary loss, all that the mask of dead features is for there, has no weight."""
-        return self.objective.auxiliary == 0 and self.sae.cfg.architecture() in AUXILIARY_FOR_DEAD_FEATURES
+        """Whether the auxiliary loss, all that the mask of dead features is for there, has no weight and would fail."""
+        cfg = self.sae.cfg
+        fails = (
+            cfg.architecture() in AUXILIARY_FOR_DEAD_FEATURES and cfg.normalize_activations in RUN_TIME_NORMALISATIONS
+        )
+        return self.objective.auxiliary == 0 and fails
 
     @torch.no_grad()
     def _count_firing(self, fired: Tensor, n_tokens: int) -> None:
