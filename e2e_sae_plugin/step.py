@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from e2e_sae_plugin.adapters import build_adapter
 from e2e_sae_plugin.architectures import (
     AUXILIARY_FOR_DEAD_FEATURES,
+    RUN_TIME_NORMALISATIONS,
     TOKEN_SEPARABLE,
     combine_sae_losses,
     inner_reconstructions,
