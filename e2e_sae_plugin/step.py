@@ -344,6 +344,4 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def model_autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision for the model's passes, where `autocast_lm` asks for it."""
-        if not self.runner_cfg.autocast_lm:
-            return contextlib.nullcontext()
-        return torch.autocast(self.spliced_model.token_device.type, dtype=torch.bfloat16)
+        return self.spliced_model.autocast(self.runner_cfg.autocast_lm)

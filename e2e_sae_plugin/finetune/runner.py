@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 from sae_lens.constants import SAE_CFG_FILENAME, SPARSITY_FILENAME
@@ -70,6 +68,10 @@ class FinetuneRunner(E2ESAETrainingRunner):
     ):
         if override_model is not None and not force:
             check_given_model(sae, override_model)
+        if cfg.n_eval_batches == 0:
+            raise ValueError(
+                "n_eval_batches=0 leaves no tokens for the report of before and after: set it to 1 or more."
+            )
         self.original, self.source, self.force = sae.to(cfg.device), source, force
         super().__init__(
             cfg,
@@ -80,18 +82,17 @@ class FinetuneRunner(E2ESAETrainingRunner):
         )
         if not force:
             check_tokenizer(sae, getattr(self.model, "tokenizer", None))
-        if self.evaluation_tokens is None:
-            raise ValueError(
-                "n_eval_batches=0 leaves no tokens for the report of before and after: set it to 1 or more."
-            )
+        assert self.evaluation_tokens is not None
         self.report_tokens = self.evaluation_tokens
         self.evaluation_tokens = self.report_tokens[: max(1, len(self.report_tokens) // PROGRESS_SHARE)]
         self.report: FinetuneReport | None = None
+        self._last_said = -1
 
     def run(self) -> SAE[Any]:
         """Fine-tune, save, report; returns the fine-tuned SAE in inference form. The report is `self.report`.
 
-        Of a run that `"auto"` finds finished, the SAE that it has saved, and its report where that is still missing.
+        Of a run that `"auto"` finds finished, the SAE that it has saved; `self.report` is None then, unless the report was
+        missing and is made up for.
         """
         if not self.is_finished and self.resumed_from is None:
             self._check_sparsity()
@@ -104,6 +105,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
         output = None if self.cfg.output_path is None else Path(self.cfg.output_path)
         finished = sae if self.is_finished else self._finished(self.trainer.sae)
         if self.is_finished and output is not None and (output / REPORT_FILENAME).exists():
+            self._say(f"\n{(output / TABLE_FILENAME).read_text()}")
             return finished
         self.report = self._compare(finished)
         if output is not None:
@@ -119,7 +121,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
         return self._measure(self.original)
 
     def _measure(self, sae: SAE[Any]) -> SpliceMetrics:
-        with self._model_autocast():
+        with self.spliced_model.autocast(self.cfg.autocast_lm):
             return measure(
                 reconstruct_with(sae, self._activation_shape), self.spliced_model, self.report_tokens, **self._places()
             )
@@ -138,15 +140,10 @@ class FinetuneRunner(E2ESAETrainingRunner):
             "head_index": self.cfg.hook_head_index,
         }
 
-    def _model_autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if not self.cfg.autocast_lm:
-            return contextlib.nullcontext()
-        return torch.autocast(self.spliced_model.token_device.type, dtype=torch.bfloat16)
-
     def _compare(self, finished: SAE[Any]) -> FinetuneReport:
         moved = movement(self.original, finished)
         before, after = (encode_with(sae, self._activation_shape) for sae in (self.original, finished))
-        with self._model_autocast():
+        with self.spliced_model.autocast(self.cfg.autocast_lm):
             labels = label_transfer(before, after, moved, self.spliced_model, self.report_tokens, **self._places())
         return FinetuneReport(
             before=self.before,
@@ -184,6 +181,9 @@ class FinetuneRunner(E2ESAETrainingRunner):
 
     def _evaluate(self, trainer: E2ESAETrainer) -> dict[str, float]:
         found = super()._evaluate(trainer)
+        if trainer.n_training_samples == self._last_said:
+            return found  # the last step's evaluation and that of the end are one
+        self._last_said = trainer.n_training_samples
         self._say(
             f"{trainer.n_training_samples:>13,} tokens   held-out KL {found['metrics/held_out_kl']:.4f}   "
             f"CE loss increase {found['metrics/ce_loss_increase']:+.4f}   L0 {found['metrics/held_out_l0']:.1f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,10 @@ class SplicedModel(ABC):
             if hook == self.position.hook_name:
                 raise ValueError(_not_downstream(hook, self.position.hook_name))
         return tuple(hooks)
+
+    def autocast(self, enabled: bool) -> AbstractContextManager[Any]:
+        """bfloat16 autocast on the model's device, or nothing."""
+        return torch.autocast(self.token_device.type, dtype=torch.bfloat16) if enabled else nullcontext()
 
     # What a family defines.
 
