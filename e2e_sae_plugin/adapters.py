@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from e2e_sae_plugin.config import E2ESAERunnerConfig
 
 AdapterKind = Literal["none", "low_rank", "scale"]
 DEFAULT_RANK = 8
@@ -133,21 +130,28 @@ class ScaleAdapter(Adapter):
         self.sae.W_dec.copy_(self.parameters["W_dec.scale"] * self.base["W_dec"])
 
 
-def build_adapter(sae: TrainingSAE[Any], cfg: E2ESAERunnerConfig) -> Adapter | None:
-    """The adapter of a run's config; None for none.
+def build_adapter(
+    sae: TrainingSAE[Any], kind: AdapterKind, rank: int | None, frozen: tuple[str, ...], seed: int
+) -> Adapter | None:
+    """The adapter that a run's config asks for; None for none.
+
+    Args:
+        rank: of a low-rank change; None for `DEFAULT_RANK`.
+        frozen: names of parameters that are not adapted.
+        seed: of a low-rank change's first factor.
 
     Raises:
         ValueError: no weight is left for it to adapt.
     """
-    if cfg.adapter == "none":
+    if kind == "none":
         return None
-    names = ("W_dec",) if cfg.adapter == "scale" else ("W_enc", "W_dec")
-    weights = tuple(name for name, _ in sae.named_parameters() if name in names and name not in cfg.frozen_parameters)
+    names = ("W_dec",) if kind == "scale" else ("W_enc", "W_dec")
+    weights = tuple(name for name, _ in sae.named_parameters() if name in names and name not in frozen)
     if not weights:
         raise ValueError(
-            f"adapter={cfg.adapter!r} has nothing to adapt: {' and '.join(names)} are among frozen_parameters. Leave one "
+            f"adapter={kind!r} has nothing to adapt: {' and '.join(names)} are among frozen_parameters. Leave one "
             "of them out."
         )
-    if cfg.adapter == "scale":
+    if kind == "scale":
         return ScaleAdapter(sae)
-    return LowRankAdapter(sae, weights, cfg.adapter_rank or DEFAULT_RANK, cfg.seed)
+    return LowRankAdapter(sae, weights, rank or DEFAULT_RANK, seed)

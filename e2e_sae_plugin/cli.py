@@ -16,7 +16,8 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing import ArgumentParser, subgroups
 
 from e2e_sae_plugin._version import __version__
-from e2e_sae_plugin.config import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, MODEL_CLASSES, E2ESAERunnerConfig
+from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig
+from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
 from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.finetune.command import finetune
 from e2e_sae_plugin.interruption import RunInterrupted

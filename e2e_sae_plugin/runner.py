@@ -266,8 +266,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)
         self.sae.cfg.metadata.run_identity = self.identity
-        tokenizer = getattr(self.model, "tokenizer", None)
-        self.sae.cfg.metadata.tokenizer_sha256 = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        self.sae.cfg.metadata.tokenizer_sha256 = tokenizer_fingerprint(getattr(self.model, "tokenizer", None))
         self.sae.cfg.metadata.e2e_sae_plugin_version = __version__
 
     def _clear_leftovers(self) -> None:

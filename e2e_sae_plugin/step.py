@@ -78,7 +78,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.runner_cfg = cfg
         freeze(sae, cfg.frozen_parameters)
         self.decoder_norms = DecoderNorms(sae) if cfg.keep_decoder_norms else None
-        self.adapter = build_adapter(sae, cfg)
+        self.adapter = build_adapter(sae, cfg.adapter, cfg.adapter_rank, cfg.frozen_parameters, cfg.seed)
         self.optimizer.param_groups[0]["params"] = list(self.trained_parameters().values())
         self.spliced_model = spliced_model
         self.metrics_log = metrics_log

@@ -15,7 +15,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from e2e_sae_plugin import E2ESAERunnerConfig, Objective, paper_config
 from e2e_sae_plugin.architectures import FIXED_L0
-from e2e_sae_plugin.config import FIELDS_KEPT, FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, field_treatment
+from e2e_sae_plugin.config_fields import FIELDS_KEPT, FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, field_treatment
 
 HOST_FIELDS = {f.name for f in dataclasses.fields(LanguageModelSAERunnerConfig)}
 

@@ -26,8 +26,10 @@ def fingerprint(module: Any) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over a tokenizer's vocabulary: every token with its id."""
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """SHA-256 over a tokenizer's vocabulary: every token with its id; None for no tokenizer."""
+    if tokenizer is None:
+        return None
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{index} {token}\n".encode("utf-8", "surrogatepass"))
