@@ -55,7 +55,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             not frozen; "scale", one factor per row of `W_dec`. Default "none". For an SAE that exists.
         adapter_rank (int, optional): the rank of "low_rank"; None for 8.
         patience_evaluations (int, optional): stop when the held-out KL has not fallen below its lowest value for so many
-            evaluations in a row. Default None: the run goes to its end.
+            evaluations in a row (the start's is the first), and end with the weights that had the lowest. Default None: the
+            run goes to its end, and ends with its last weights.
         checkpoint_every_minutes (float, optional): write a checkpoint when so many minutes have passed since the last one.
             Default 15; None for none. Beside them come the `n_checkpoints` of SAELens, spread over the run, and one when
             the run is interrupted or fails. All go to a folder of the run's own below `checkpoint_path`.
@@ -110,6 +111,10 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             )
         if isinstance(self.objective, Mapping | str):
             self.objective = Objective.from_dict(self.objective)
+        if not isinstance(self.objective, Objective):
+            raise ValueError(f"objective must be an Objective, got {self.objective!r}.")
+        if os.path.isfile(self.dataset_path):
+            raise ValueError(f"dataset_path={self.dataset_path!r} is a file. Give the folder that it lies in.")
         if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(
                 f"max_grad_norm must be a positive finite number, or None for no clipping, got {self.max_grad_norm!r}."

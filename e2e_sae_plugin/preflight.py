@@ -48,8 +48,8 @@ def check_folders(
     if run_folder is not None:
         _check_writable("checkpoint_path", run_folder.path.parent)  # the run's own folder is SAELens's addition
         needed[run_folder.path] = (
-            weights * 3 * _n_checkpoints_to_come(cfg, run_folder)
-        )  # weights and Adam's two moments
+            weights * (3 if cfg.patience_evaluations is None else 4) * _n_checkpoints_to_come(cfg, run_folder)
+        )  # weights, Adam's two moments, the weights of the lowest KL
     _check_space(needed)
 
 
@@ -131,14 +131,22 @@ def check_device(cfg: E2ESAERunnerConfig) -> None:
         ValueError: names the field and the device.
     """
     for field in ("device", "llm_device"):
-        device = str(getattr(cfg, field))
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{field}={device!r} cannot be used here: {reason} Use 'cpu', or a device that is there."
-            ) from None
+        check_device_name(field, str(getattr(cfg, field)))
+
+
+def check_device_name(field: str, device: str) -> None:
+    """The same of one device.
+
+    Raises:
+        ValueError: names the field and the device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{field}={device!r} cannot be used here: {reason} Use 'cpu', or a device that is there."
+        ) from None
 
 
 def check_model_shape(cfg: E2ESAERunnerConfig) -> None:

@@ -159,7 +159,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             if self.cfg.logger.log_to_wandb:
                 wandb.finish()
             if self.cfg.verbose:
-                tqdm.write(summarise(trainer, self.cfg))
+                tqdm.write(self._summary(trainer))
         if stop_request.signal_number is not None:  # it came when the last step was done
             logger.warning("The run was finished and saved when the signal came; there is nothing to resume.")
             raise run_interrupted(stop_request.signal_number, None)
@@ -177,6 +177,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         return [self.run_folder.path] if self.run_folder is not None and self.run_folder.path.is_dir() else []
 
     # The parts, each replaceable by a subclass.
+
+    def _summary(self, trainer: E2ESAETrainer) -> str:
+        return summarise(trainer, self.cfg)
 
     def _splice(self, needs_downstream: bool) -> SplicedModel:
         return splice_into(

@@ -22,7 +22,7 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
             f"explained variance {held_out['metrics/held_out_explained_variance']:.3f}"
         )
     lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {sae.d_sae:,} dead")
-    if trainer.early_stop.reached:
+    if trainer.n_training_samples < trainer.cfg.total_training_samples - cfg.train_batch_size_tokens + 1:
         lines.append(
             f"  stopped    early, of {cfg.training_tokens:,} tokens: the held-out KL has not fallen for "
             f"{trainer.early_stop.n_without_gain} evaluations in a row"

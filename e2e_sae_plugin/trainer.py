@@ -95,6 +95,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         self.sae.to(self.cfg.device)
         estimate_activation_scaling(self)
         initialise_b_dec(self)
+        if self.early_stop.patience is not None and self.n_training_steps == 0 and self.objective.needs_spliced_pass:
+            self.early_stop.see(self.evaluate()["metrics/held_out_kl"], self.sae)  # what all others are compared with
         with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
             while self.n_training_samples < self.cfg.total_training_samples and not self.early_stop.reached:
                 self._log(self.maybe_reset_sparsity())
@@ -103,13 +105,14 @@ class E2ESAETrainer(SplicedStepTrainer):
                 progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=done)
                 self.checkpointer.after_step(self)
                 self.stop_if_asked()
-        if self.early_stop.reached:
-            logger.info(
-                "Stopped after step %d: the held-out KL has not fallen below %.6g for %d evaluations in a row.",
-                self.n_training_steps, self.early_stop.lowest, self.early_stop.n_without_gain,
-            )  # fmt: skip
         self._log(self.full_sparsity_window_log())
-        self.evaluate()
+        held_out = self.evaluate()
+        if self.early_stop.patience is not None:
+            if not self.early_stop.reached:
+                self.early_stop.see(held_out["metrics/held_out_kl"], self.sae)
+            if self.early_stop.restore_best(self.sae):
+                logger.info("The run ends with the weights of its lowest held-out KL, %.6g.", self.early_stop.lowest)
+                self.evaluate()
         self._keep_unfolded()
         self.fold_activation_scaling()
         self.set_final_sae_metadata()
@@ -130,7 +133,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         if evaluates:
             held_out = self.evaluate(self.n_training_steps - 1)
             if held_out and self.objective.needs_spliced_pass:  # the KL of a local part is not what is watched
-                self.early_stop.see(held_out["metrics/held_out_kl"])
+                self.early_stop.see(held_out["metrics/held_out_kl"], self.sae)
         return output
 
     def stop_if_asked(self) -> None:

@@ -74,7 +74,7 @@ def finetune(
         train_batch_size_tokens=STEP_TOKENS,
         store_batch_size_prompts=STEP_PROMPTS,
         lr=lr,
-        patience_evaluations=None,
+        logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=10, eval_every_n_wandb_logs=3),
         checkpoint_path=f"{output}-checkpoints",
         output_path=str(output),
         resume_from_checkpoint="auto",
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--base-tokens", type=int, default=1_250_000, help="of the local SAE (%(default)s)")
     parser.add_argument("--tokens", type=int, default=125_000, help="of the fine-tune (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-4, help="of the fine-tune (%(default)s)")
-    parser.add_argument("--held-out", type=int, default=128, help="sequences of the reports (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=64, help="sequences of the reports (%(default)s)")
     parser.add_argument("--model-folder", type=Path, default=Path("output/smollm2-135m"), help="the unpacked model")
     parser.add_argument("--output", type=Path, default=Path("output/finetune-smollm2"))
     parser.add_argument("--no-control", action="store_true", help="leave out the local control")

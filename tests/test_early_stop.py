@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import runner_config, tiny_hooked_transformer, token_dataset
+from helpers import runner_config, tiny_hooked_transformer, token_dataset, training_sae
 from sae_lens import LoggingConfig
 
 from e2e_sae_plugin import E2ESAETrainingRunner, Objective
@@ -21,9 +21,15 @@ def run(folder: Path, name: str, **settings: Any) -> Any:
     """A learning rate at which the KL soon rises."""
     defaults: dict[str, Any] = {"n_eval_batches": 1, "training_tokens": 32 * 30, "lr": 0.3, "logger": EVERY_STEP}
     config = runner_config(**{**defaults, **settings}, output_path=str(folder / name))
-    runner = E2ESAETrainingRunner(config, override_dataset=token_dataset(), override_model=tiny_hooked_transformer())
+    given: dict[str, Any] = {"override_dataset": token_dataset(), "override_model": tiny_hooked_transformer()}
+    runner = E2ESAETrainingRunner(config, **given, override_sae=training_sae(config))
     runner.run()
     return runner
+
+
+def runner_trainer(runner: Any) -> Any:
+    """What `_evaluate` needs of a trainer."""
+    return runner._build_trainer()
 
 
 def held_out_kls(folder: Path) -> list[float]:
@@ -32,27 +38,47 @@ def held_out_kls(folder: Path) -> list[float]:
 
 
 def test_evaluations_without_gain_are_counted_in_a_row():
-    stop = EarlyStop(2)
+    stop, sae = EarlyStop(2), training_sae(runner_config())
     seen = []
     for kl in (3.0, 2.0, 2.5, 1.9, float("nan"), 1.9):
-        stop.see(kl)
+        with torch.no_grad():
+            sae.b_dec.fill_(kl)
+        stop.see(kl, sae)
         seen.append((stop.n_without_gain, stop.reached))
     assert seen == [(0, False), (0, False), (1, False), (0, False), (1, False), (2, True)]
-    assert not EarlyStop(None).reached
     again = EarlyStop(2)
-    again.load(stop.state())
+    again.load(stop.state(), stop.best_weights)
     assert (again.reached, again.lowest) == (True, 1.9)
+    with torch.no_grad():
+        sae.b_dec.fill_(7)
+    assert again.restore_best(sae)
+    assert sae.b_dec.tolist() == pytest.approx([1.9] * 16)
+    assert not again.restore_best(sae)
+    never = EarlyStop(None)
+    never.see(1.0, sae)
+    assert (never.reached, never.best_weights) == (False, {})
 
 
 def test_a_run_stops_where_the_kl_has_stopped_falling(tmp_path: Path):
     run(tmp_path, "free")
     free = held_out_kls(tmp_path / "free")
-    stops = EarlyStop(3)
-    n_steps = next(i + 1 for i, kl in enumerate(free) if stops.see(kl) or stops.reached)
+    runner = run(tmp_path, "patient", patience_evaluations=3)
+    start, *patient = held_out_kls(tmp_path / "patient")  # the start's is the first
+    best = min(patient)
+    assert best < start
+    n_steps = patient.index(best) + 1 + 3
     assert n_steps < 20
-    run(tmp_path, "patient", patience_evaluations=3)
-    assert held_out_kls(tmp_path / "patient")[:n_steps] == free[:n_steps]
-    assert len(held_out_kls(tmp_path / "patient")) == n_steps + 1  # and the one at the end
+    assert patient[:n_steps] == free[:n_steps]
+    # At the end comes one of the last weights, and one of the best, which are what is saved.
+    assert patient[n_steps:] == [patient[n_steps - 1], best]
+    assert runner._evaluate(runner_trainer(runner))["metrics/held_out_kl"] == pytest.approx(best, rel=1e-5)
+
+
+def test_a_run_that_only_harms_ends_with_the_weights_that_it_began_with(tmp_path: Path):
+    before = training_sae(runner_config()).state_dict()
+    runner = run(tmp_path, "harmed", patience_evaluations=3, lr=30.0)
+    assert min(held_out_kls(tmp_path / "harmed")) == held_out_kls(tmp_path / "harmed")[0]
+    assert all(torch.equal(before[name], value) for name, value in runner.sae.state_dict().items())
 
 
 def test_what_the_local_part_of_a_run_evaluates_does_not_count(tmp_path: Path):

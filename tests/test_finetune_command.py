@@ -86,7 +86,7 @@ def test_a_run_goes_on_by_itself(folder: Path, capsys: pytest.CaptureFixture[str
         (("--sae", "topk", "--sparsity-coefficient", "3"), "--sparsity-coefficient has no effect: architecture 'topk'"),
         (("--sae", "topk", "--set", "learning_rate=1"), "Unknown key 'learning_rate'"),
         (("--sae", "topk", "--set", "lr"), "--set takes FIELD=VALUE, got 'lr'"),
-        (("--sae", "topk", "--resume", "auto"), "looks below checkpoint_path, which is None"),
+        (("--sae", "topk", "--resume", "auto", "--no-checkpoints"), "looks below checkpoint_path, which is None"),
         (("--sae", "standard", "--tokens", "640"), "the SAE's reconstructions are shrunk as by about"),
     ],
 )

@@ -38,8 +38,8 @@ def _windows_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_changed():
     found = compare(before)
-    assert found.verdicts == ["same"] * 5 + ["unseen"]
-    assert found.counts() == {"same": 5, "changed": 0, "unseen": 1}
+    assert found.verdicts == ["same"] * 5 + ["silent"]
+    assert found.counts() == {"same": 5, "changed": 0, "rare": 0, "silent": 1}
     assert found.n_contexts == 40 * 2
     torch.testing.assert_close(found.correlation[:5], torch.ones(5, dtype=torch.float64))
     assert found.correlation[5].isnan()
@@ -48,7 +48,7 @@ def test_nothing_changed():
 
 def test_two_features_that_swapped_have_changed_and_a_factor_has_no_effect():
     found = compare(lambda x: 3 * before(x)[:, [1, 0, 2, 3, 4, 5]])
-    assert found.verdicts == ["changed", "changed", "same", "same", "same", "unseen"]
+    assert found.verdicts == ["changed", "changed", "same", "same", "same", "silent"]
     acts = before(spliced_model(runner_config()).clean_pass(token_batch(40)).activation.flatten(0, 1))
     expected = torch.corrcoef(acts[:, :2].T)[0, 1]
     torch.testing.assert_close(found.correlation[0], expected.double(), rtol=1e-4, atol=1e-5)
@@ -88,6 +88,11 @@ def test_shared_contexts_are_those_of_naive_code(monkeypatch: pytest.MonkeyPatch
         shared = len(tops[0][feature] & tops[1][feature]) / len(tops[0][feature])
         assert float(found.shared_contexts[feature]) == pytest.approx(shared)
     assert 0 < float(found.shared_contexts[:5].mean()) < 1
+
+
+def test_a_feature_of_few_contexts_is_rare(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(labels, "MIN_CONTEXTS", 81)
+    assert compare(before).counts() == {"same": 0, "changed": 0, "rare": 5, "silent": 1}
 
 
 def test_one_line_per_feature(tmp_path: Path):

@@ -166,7 +166,7 @@ def test_another_place_is_refused_unless_forced(settings: dict[str, Any], messag
         ({}, {"training_tokens": 55}, "training_tokens=55 is less than one step of train_batch_size_tokens=56"),
         ({}, {"trained": "encoder"}, "trained must be one of .*'lora'.*got 'encoder'"),
         ({}, {"lora_rank": 4}, "lora_rank=4 has no effect with trained='all'"),
-        ({}, {"evaluation_tokens": 0}, "evaluation_tokens must be at least 1, got 0"),
+        ({}, {"evaluation_tokens": 0}, "evaluation_tokens must be a whole number, 1 or more, got 0"),
         ({}, {"output_pat": "x"}, "Unknown key 'output_pat' .* Did you mean 'output_path'"),
         ({}, {"sae_settings": {"l1_coefficient": 1.0}}, "'topk' has no training setting 'l1_coefficient'"),
     ],

@@ -22,6 +22,7 @@ STATE_FILENAME = "trainer_state.json"
 STATE_TENSORS_FILENAME = "trainer_state.safetensors"
 OPTIMIZER_FILENAME = "optimizer.safetensors"
 SAE_STATE_FILENAME = "sae_state.safetensors"
+BEST_FILENAME = "best_weights.safetensors"
 
 _COUNTS = (
     "n_training_steps", "n_training_samples", "n_frac_active_samples", "n_skipped_steps", "n_skipped_in_a_row",
@@ -78,6 +79,8 @@ def save(trainer: SplicedStepTrainer, folder: Path, captured: State) -> None:
         for key, value in trainer.optimizer.state.get(parameter, {}).items()
     }
     save_file(moments, folder / OPTIMIZER_FILENAME)
+    if trainer.early_stop.best_weights:
+        save_file(trainer.early_stop.best_weights, folder / BEST_FILENAME)
     exact = trainer.sae.state_dict()
     as_saved = dict(exact)
     trainer.sae.process_state_dict_for_saving(as_saved)
@@ -112,7 +115,8 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     if trainer.adapter is not None:
         trainer.adapter.load({name.removeprefix("adapter."): tensor for name, tensor in tensors.items()})
     if "early_stop" in state:  # an older checkpoint has none
-        trainer.early_stop.load(state["early_stop"])
+        best = folder / BEST_FILENAME
+        trainer.early_stop.load(state["early_stop"], load_file(best) if best.exists() else {})
     trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
     if isinstance(trainer.data_provider, TokenStream) and state["data"] is not None:
         data = {name.removeprefix("data."): tensor for name, tensor in tensors.items() if name.startswith("data.")}

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import TrainingSAEConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from e2e_sae_plugin.checkpoint.identity import tokenizer_fingerprint
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.finetune.start import SPARSITY_COEFFICIENT, training_config
 
 UNNAMED = "custom"  # what TransformerLens calls a model without a name
 L1_TOLERANCE = 5.0
@@ -85,6 +93,61 @@ def check_tokenizer(sae: SAE[Any], tokenizer: Any) -> None:
         )
 
 
+def check_same_sae(sae: SAE[Any], cfg: E2ESAERunnerConfig) -> None:
+    """Refuse a config that was made for another SAE, or that changes what the SAE computes, and an SAE that is not finite.
+
+    Raises:
+        ValueError: names what differs, or the weight.
+    """
+    for name, value in sae.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"The SAE's {name} is not finite, so nothing can be trained from it. Fetch or save it again."
+            )
+    if cfg.from_pretrained_path is not None:
+        raise ValueError(
+            f"from_pretrained_path={cfg.from_pretrained_path!r} has no effect: a fine-tune starts from the SAE that is "
+            "given. Leave it out."
+        )
+    if cfg.sae.architecture() != sae.cfg.architecture():
+        raise ValueError(
+            f"The config is of a {cfg.sae.architecture()!r} SAE, but this one is of architecture "
+            f"{sae.cfg.architecture()!r}. Make it with finetune_config(sae, ...) of the same SAE."
+        )
+    expected = training_config(sae, {**_coefficients(cfg.sae)}, thresholds_are_frozen=True)
+    for field in fields(sae.cfg):
+        if field.name in ("dtype", "device", "metadata"):
+            continue
+        ours, theirs = getattr(cfg.sae, field.name, None), getattr(expected, field.name, None)
+        if ours != theirs:
+            raise ValueError(
+                f"The config has sae.{field.name}={ours!r}, but the SAE has {theirs!r}: it would compute something else. "
+                "Make the config with finetune_config(sae, ...) of the same SAE, and leave that setting out."
+            )
+
+
+def _coefficients(config: TrainingSAEConfig) -> dict[str, float]:
+    name = SPARSITY_COEFFICIENT.get(config.architecture())
+    return {} if name is None else {name: getattr(config, name)}
+
+
+def check_not_overwritten(sae: SAE[Any], cfg: E2ESAERunnerConfig) -> None:
+    """Refuse to replace the SAE that is fine-tuned by what comes of it.
+
+    Raises:
+        ValueError: `output_path` holds these very weights, and `overwrite_output` is set.
+    """
+    if cfg.output_path is None or not cfg.overwrite_output:
+        return
+    weights = Path(cfg.output_path) / SAE_WEIGHTS_FILENAME
+    with contextlib.suppress(OSError, SafetensorError):
+        there, own = load_file(weights), sae.state_dict()
+        if there.keys() == own.keys() and all(torch.equal(there[name].to(own[name]), own[name]) for name in own):
+            raise ValueError(
+                f"output_path={cfg.output_path!r} holds the SAE that is fine-tuned, which would be lost. Choose another."
+            )
+
+
 @torch.no_grad()
 def implied_l1_coefficient(sae: SAE[Any], sae_in: Tensor) -> float:
     """The L1 coefficient at which the SAE would be at rest, from how far its reconstructions are shrunk.
@@ -117,5 +180,8 @@ def check_l1_coefficient(sae: SAE[Any], coefficient: float, sae_in: Tensor) -> N
         raise ValueError(
             f"The metadata say l1_coefficient={coefficient:.6g}, but the SAE's reconstructions are shrunk as by about "
             f"{implied:.4g}: it was probably trained on normalised activations, and the normalisation is folded into its "
-            f"weights. Give the coefficient for activations as they are, for instance l1_coefficient={implied:.4g}."
+            "weights. Give the coefficient for activations as they are"
+            + (f", for instance {implied:.4g}" if implied > 0 else "")
+            + ": sae_settings={'l1_coefficient': ...} (--sparsity-coefficient); or set force=True (--force) to keep the "
+            "metadata's."
         )

@@ -13,6 +13,7 @@ from e2e_sae_plugin.config import MODEL_CLASSES
 from e2e_sae_plugin.finetune.recipe import EVALUATION_TOKENS, TRAINING_TOKENS, Trained, finetune_config
 from e2e_sae_plugin.finetune.runner import FinetuneRunner
 from e2e_sae_plugin.finetune.start import SPARSITY_COEFFICIENT, load_sae
+from e2e_sae_plugin.preflight import check_device_name
 
 DESCRIPTION = """\
 Fine-tune a finished SAE, so that the model's output survives it: a short run on KL + MSE (Karvonen 2025, arXiv 2503.17272).
@@ -25,7 +26,7 @@ examples:
   e2e-sae finetune --sae gemma-scope-2b-pt-res-canonical --sae-id layer_12/width_16k/canonical --output tuned --device cuda
   e2e-sae finetune --sae my_sae/ --dataset monology/pile-uncopyrighted --tokens 5M --output tuned
   e2e-sae finetune --sae my_sae/ --trained scale_and_bias --tokens 2M --output tuned     the cheapest correction
-  e2e-sae finetune --sae my_sae/ --output tuned --checkpoint-path checkpoints --resume auto"""
+  e2e-sae finetune --sae my_sae/ --output tuned --resume auto     goes on where it was stopped"""
 
 
 def finetune(argv: Sequence[str]) -> None:
@@ -35,6 +36,7 @@ def finetune(argv: Sequence[str]) -> None:
         ValueError: a setting is refused.
     """
     args = _parser().parse_args(list(argv))
+    check_device_name("--device", args.device)
     sae = load_sae(args.sae, args.sae_id, device=args.device)
     if args.sparsity_coefficient is not None and sae.cfg.architecture() not in SPARSITY_COEFFICIENT:
         raise ValueError(
@@ -54,7 +56,7 @@ def finetune(argv: Sequence[str]) -> None:
         evaluation_tokens=args.evaluation_tokens,
         model_dtype=args.model_dtype,
         force=args.force,
-        **{"checkpoint_path": None, **overrides},
+        **{"checkpoint_path": None if args.no_checkpoints else f"{args.output_path}-checkpoints", **overrides},
     )
     if args.wandb_project is not None:
         cfg.logger.log_to_wandb, cfg.logger.wandb_project = True, args.wandb_project
@@ -68,6 +70,18 @@ FIELDS = (
     "model_name", "model_class_name", "hook_name", "context_size", "lr", "train_batch_size_tokens",
     "store_batch_size_prompts", "device", "seed",
 )  # fmt: skip
+
+
+NOT_TO_SET = {
+    "logger": "use --wandb-project",
+    "sae": "use --sparsity-coefficient",
+    "sae_settings": "use --sparsity-coefficient",
+    "training_tokens": "use --tokens",
+    **{
+        name: f"use --{name.replace('_', '-')}"
+        for name in ("trained", "lora_rank", "train_thresholds", "model_dtype", "evaluation_tokens", "force")
+    },
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         default=EVALUATION_TOKENS,
         help="held out for the table of before and after (default 131,072)",
     )
-    add("--checkpoint-path", metavar="DIR", help="where checkpoints go, every 15 minutes (default: none are written)")
+    add("--checkpoint-path", metavar="DIR", help="where checkpoints go, every 15 minutes (default: OUTPUT-checkpoints)")
+    add("--no-checkpoints", action="store_true", help="write none")
     add("--resume", dest="resume_from_checkpoint", help="a checkpoint to go on from, or auto")
     add("--wandb-project", help="log to this project of Weights & Biases")
     add(
@@ -171,5 +186,10 @@ def _set(pairs: Sequence[str]) -> dict[str, Any]:
         name, sign, value = pair.partition("=")
         if not sign or not name:
             raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}.")
-        overrides[name] = yaml.safe_load(value)
+        if name in NOT_TO_SET:
+            raise ValueError(f"--set cannot set {name}: {NOT_TO_SET[name]}.")
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {pair!r} is not a value in YAML: {error}") from None
     return overrides

@@ -10,7 +10,7 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ SAME_CONTEXTS = 0.5
 CHUNK_ELEMENTS = 2**25
 
 Encode = Callable[[Tensor], Tensor]
-Verdict = Literal["same", "changed", "unseen"]
+Verdict = Literal["same", "changed", "rare", "silent"]
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,30 @@ class LabelTransfer:
     @property
     def verdicts(self) -> list[Verdict]:
         """ "same": decoder (and encoder) cosine of 0.9 or more, correlation of 0.9 or more, half of the top contexts shared.
-        "unseen": the directions are the same, but it fires in fewer than `MIN_CONTEXTS` contexts. "changed": all others."""
+        "rare": the directions are the same, but it fires in fewer than `MIN_CONTEXTS` contexts; "silent": in none.
+        "changed": all others."""
         direction = self.decoder_cosine >= SAME_DIRECTION
         if self.encoder_cosine is not None:
             direction &= self.encoder_cosine >= SAME_DIRECTION
         meaning = (self.correlation >= SAME_ACTIVATIONS) & (self.shared_contexts >= SAME_CONTEXTS)
-        unseen = (self.contexts_before < MIN_CONTEXTS) & (self.contexts_after < MIN_CONTEXTS)
+        most = torch.maximum(self.contexts_before, self.contexts_after)
         return [
-            "changed" if not same else "unseen" if rare else "same" if kept else "changed"
-            for same, rare, kept in zip(direction.tolist(), unseen.tolist(), meaning.tolist(), strict=True)
+            "changed"
+            if not same
+            else "silent"
+            if n == 0
+            else "rare"
+            if n < MIN_CONTEXTS
+            else "same"
+            if kept
+            else "changed"
+            for same, n, kept in zip(direction.tolist(), most.tolist(), meaning.tolist(), strict=True)
         ]
 
     def counts(self) -> dict[str, int]:
         """Features by verdict."""
         verdicts = self.verdicts
-        return {verdict: verdicts.count(verdict) for verdict in ("same", "changed", "unseen")}
+        return {verdict: verdicts.count(verdict) for verdict in get_args(Verdict)}
 
     def write_csv(self, path: Path) -> None:
         """One line per feature."""

@@ -7,12 +7,15 @@ from sae_lens.saes.sae import SAEMetadata
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 
 PLACE = ("model_name", "hook_name", "hook_head_index", "model_class_name")
+HOW = ("train_batch_size_tokens", "context_size", "adapter", "adapter_rank", "keep_decoder_norms", "seed")
 USE = ("context_size", "seqpos_slice", "prepend_bos", "exclude_special_tokens")
 # True of the original alone. (Neuronpedia's dashboards show the original's features.)
-OF_THE_ORIGINAL = ("neuronpedia_id", "finetuned_from", "finetuning", "objective", "local_first")
+OF_THE_ORIGINAL = (
+    "neuronpedia_id", "finetuned_from", "finetuning", "objective", "local_first", "l0", "num_dead_features",
+)  # fmt: skip
 # What a run of this package says of any SAE that it trains.
 OF_THE_RUN = (
-    "objective", "downstream_hooks", "run_identity", "tokenizer_sha256", "e2e_sae_plugin_version", "l0", "num_dead_features",
+    "objective", "downstream_hooks", "run_identity", "tokenizer_sha256", "e2e_sae_plugin_version",
 )  # fmt: skip
 
 
@@ -49,9 +52,11 @@ def finetuned_metadata(
         "finetuned_from": {name: value for name, value in lineage.items() if value is not None},
         "finetuning": {
             "training_tokens": training_tokens,
+            "planned_tokens": cfg.training_tokens,
             "dataset_path": cfg.dataset_path,
             "lr": cfg.lr,
             "trained_parameters": trained_parameters,
+            **{name: getattr(cfg, name) for name in HOW},
         },
     }
     return SAEMetadata(**{name: value for name, value in said.items() if value is not None})

@@ -23,6 +23,7 @@ from e2e_sae_plugin.objective import Objective
 Trained = Literal["all", "decoder", "scale_and_bias", "lora"]
 
 TRAINING_TOKENS = 25_000_000
+DTYPES = ("float32", "bfloat16", "float16")
 CONTEXT_SIZE = 1024  # where the metadata do not say
 STEP_PROMPTS = 8
 EVALUATION_TOKENS = 131_072
@@ -75,10 +76,11 @@ def finetune_config(
     known = {field.name for field in fields(E2ESAERunnerConfig)} - {"sae", "training_tokens"}
     require_known_keys(overrides, known, "the overrides of finetune_config")
     overrides = read_numbers(overrides, E2ESAERunnerConfig, "the overrides")
+    _check_numbers({"training_tokens": training_tokens, "evaluation_tokens": evaluation_tokens, **overrides})
+    if model_dtype not in (None, *DTYPES):
+        raise ValueError(f"model_dtype must be one of {list(DTYPES)}, or None for the default, got {model_dtype!r}.")
     if trained not in get_args(Trained):
         raise ValueError(f"trained must be one of {list(get_args(Trained))}, got {trained!r}.")
-    if evaluation_tokens < 1:
-        raise ValueError(f"evaluation_tokens must be at least 1, got {evaluation_tokens!r}.")
     _check_thresholds(sae, trained, train_thresholds)
     config = training_config(sae, sae_settings, thresholds_are_frozen=not train_thresholds)
     settings = _place(sae, overrides)
@@ -95,8 +97,27 @@ def finetune_config(
     }
     # The metadata's False is SAELens's default; the recipe leaves special tokens clean, as those who use the SAE do.
     settings["exclude_special_tokens"] = sae.cfg.metadata.exclude_special_tokens or True
+    if "W_dec" in overrides.get("frozen_parameters", ()):
+        settings["keep_decoder_norms"] = False
     settings = {**settings, **overrides}
-    return E2ESAERunnerConfig(**{**settings, **_lengths(settings, evaluation_tokens)})
+    settings |= _lengths(settings, evaluation_tokens)
+    # SAELens tells about its buffer while it makes a verbose config, which means nothing here.
+    cfg = E2ESAERunnerConfig(**{**settings, "verbose": False})
+    cfg.verbose = settings.get("verbose", True)
+    return cfg
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """What lengths are computed from has to be whole and positive."""
+    for name in (
+        "training_tokens", "evaluation_tokens", "context_size", "train_batch_size_tokens", "store_batch_size_prompts",
+        "eval_batch_size_prompts",
+    ):  # fmt: skip
+        value = settings.get(name, 1)
+        if value is None and name == "eval_batch_size_prompts":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}.")
 
 
 def _place(sae: SAE[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +195,8 @@ def _lengths(settings: dict[str, Any], evaluation_tokens: int) -> dict[str, Any]
     prompts = chosen["store_batch_size_prompts"] = settings.get("store_batch_size_prompts", STEP_PROMPTS)
     n_steps = settings["training_tokens"] // batch
     if "lr_scheduler_name" not in settings and "lr_decay_steps" not in settings:
-        chosen |= {"lr_scheduler_name": "constant", "lr_decay_steps": n_steps - settings.get("lr_warm_up_steps", 0)}
+        n_decay = max(n_steps - settings.get("lr_warm_up_steps", 0), 0)
+        chosen |= {"lr_scheduler_name": "constant", "lr_decay_steps": n_decay}
     per_batch = settings.get("eval_batch_size_prompts") or prompts
     if "n_eval_batches" not in settings:
         chosen["n_eval_batches"] = max(1, round(evaluation_tokens / (per_batch * settings["context_size"])))
@@ -184,6 +206,7 @@ def _lengths(settings: dict[str, Any], evaluation_tokens: int) -> dict[str, Any]
         chosen["logger"] = LoggingConfig(
             log_to_wandb=False, wandb_log_frequency=every, eval_every_n_wandb_logs=per_evaluation
         )
-        if "patience_evaluations" not in settings and n_steps // (every * per_evaluation) > PATIENCE:
+        n_evaluations = 0 if settings.get("n_eval_batches") == 0 else n_steps // (every * per_evaluation)
+        if "patience_evaluations" not in settings and n_evaluations > PATIENCE:
             chosen["patience_evaluations"] = PATIENCE
     return chosen

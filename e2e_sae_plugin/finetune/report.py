@@ -18,6 +18,7 @@ ROWS = {
     "explained_variance": ("explained variance", "{:.4f}"),
 }
 MAX_L0_CHANGE = 0.05
+MIN_SEQUENCES = 10
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class FinetuneReport:
 
     def estimates(self) -> dict[str, dict[str, dict[str, float]]]:
         """Row -> "before", "after" and "change" -> value, and the 95 % interval of a bootstrap over sequences, paired
-        for the change. The row `gap_closed` is the share of the CE loss increase that is gone (its value is a "change")."""
+        for the change. The row `gap_closed` is the share of the CE loss increase that is gone (a "change"); it is left out
+        where that interval of the increase includes 0."""
         weights = bootstrap_weights(self.before.sums.n_sequences)
         means = [metrics.sums.means() for metrics in (self.before, self.after)]
         resampled = [metrics.sums.means(weights) for metrics in (self.before, self.after)]
@@ -45,16 +47,23 @@ class FinetuneReport:
                 "change": (means[1][name] - means[0][name], resampled[1][name] - resampled[0][name]),
             }
             result[name] = {when: _estimate(float(value), samples) for when, (value, samples) in values.items()}
-        increase = [each["ce_loss_increase"] for each in (*means, *resampled)]
-        closed = _estimate(float(1 - increase[1] / increase[0]), 1 - increase[3] / increase[2])
-        return {**result, "gap_closed": {"change": closed}}
+        if result["ce_loss_increase"]["before"]["low"] > 0:  # else there is no gap to speak of
+            increase = [each["ce_loss_increase"] for each in (*means, *resampled)]
+            closed = _estimate(float(1 - increase[1] / increase[0]), 1 - increase[3] / increase[2])
+            result["gap_closed"] = {"change": closed}
+        return result
 
     def warnings(self) -> list[str]:
         """What a user should not overlook."""
         found: list[str] = []
-        if self.after.ce_loss_increase > self.before.ce_loss_increase:
+        estimates = self.estimates()
+        for name in ("ce_loss_increase", "kl"):
+            if estimates[name]["change"]["low"] > 0:
+                found.append(f"The {ROWS[name][0]} has grown: lower lr, or train on more tokens, or on other text.")
+        if self.before.sums.n_sequences < MIN_SEQUENCES:
             found.append(
-                "The CE loss increase has grown: lower lr, or train on more tokens or on text like the model's."
+                f"The intervals come from {self.before.sums.n_sequences} sequences alone and mean little: hold out more "
+                "tokens (evaluation_tokens, --evaluation-tokens)."
             )
         change = self.after.l0 / self.before.l0 - 1 if self.before.l0 else 0.0
         if abs(change) > MAX_L0_CHANGE:
@@ -88,7 +97,10 @@ class FinetuneReport:
             cells = [_cell(estimate[when], f) for when, f in (("before", form), ("after", form), ("change", change))]
             rows.append((label, *cells))
             if name == "ce_loss_increase":
-                rows.append(("share of the gap closed", "", "", _cell(estimates["gap_closed"]["change"], "{:.1%}")))
+                closed = "none to close"
+                if "gap_closed" in estimates:
+                    closed = _cell(estimates["gap_closed"]["change"], "{:.1%}")
+                rows.append(("share of the gap closed", "", "", closed))
         dead = [self.d_sae - metrics.n_alive for metrics in (self.before, self.after)]
         rows.append(("features not firing", *(f"{n:,}" for n in dead), f"{dead[1] - dead[0]:+,}"))
         return rows
@@ -119,7 +131,8 @@ class FinetuneReport:
         counts = self.labels.counts()
         lines.append(
             f"Features: {counts['same']:,} mean the same (their explanations can be reused), {counts['changed']:,} have "
-            f"changed, {counts['unseen']:,} fire too rarely on these tokens to tell but point the same way."
+            f"changed, {counts['rare']:,} fire too rarely on these tokens to tell and {counts['silent']:,} not at all, but "
+            "both point the same way."
         )
         return [*lines, *(f"Warning: {text}" for text in self.warnings())]
 

@@ -18,13 +18,21 @@ from torch import Tensor
 from e2e_sae_plugin.checkpoint.folder import whole_files, write_whole
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import SpliceMetrics, encode_with, measure, reconstruct_with
-from e2e_sae_plugin.finetune.checks import check_given_model, check_l1_coefficient, check_tokenizer
+from e2e_sae_plugin.finetune.checks import (
+    check_given_model,
+    check_l1_coefficient,
+    check_not_overwritten,
+    check_same_sae,
+    check_tokenizer,
+)
+from e2e_sae_plugin.finetune.gauge import balancing_factor, unfold_scale
 from e2e_sae_plugin.finetune.labels import label_transfer
 from e2e_sae_plugin.finetune.lineage import finetuned_metadata
 from e2e_sae_plugin.finetune.movement import movement
 from e2e_sae_plugin.finetune.report import FinetuneReport
 from e2e_sae_plugin.finetune.start import finished_form, training_counterpart
 from e2e_sae_plugin.output_folder import write_configs
+from e2e_sae_plugin.preflight import check_device
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
 from e2e_sae_plugin.spliced_losses import clean_micro_batch
 from e2e_sae_plugin.trainer import E2ESAETrainer
@@ -66,8 +74,11 @@ class FinetuneRunner(E2ESAETrainingRunner):
         override_model: Any = None,
         override_evaluation_tokens: Tensor | None = None,
     ):
+        check_device(cfg)  # the SAE is moved there first
         if override_model is not None and not force:
             check_given_model(sae, override_model)
+        check_same_sae(sae, cfg)
+        check_not_overwritten(sae, cfg)
         if cfg.n_eval_batches == 0:
             raise ValueError(
                 "n_eval_batches=0 leaves no tokens for the report of before and after: set it to 1 or more."
@@ -96,10 +107,11 @@ class FinetuneRunner(E2ESAETrainingRunner):
         """
         if not self.is_finished and self.resumed_from is None:
             self._check_sparsity()
-            before = self.before
+            before, n_shown = self.before, 0 if self.evaluation_tokens is None else len(self.evaluation_tokens)
             self._say(
                 f"Before: CE loss increase {before.ce_loss_increase:+.4f} (from {before.ce_loss_without_sae:.4f}), KL "
-                f"{before.kl:.4f}, L0 {before.l0:.1f}, on {before.n_tokens:,} held-out tokens."
+                f"{before.kl:.4f}, L0 {before.l0:.1f}, on {before.n_tokens:,} held-out tokens "
+                f"in {len(self.report_tokens):,} sequences. While it trains, on the first {n_shown:,} of these:"
             )
         sae = super().run()
         output = None if self.cfg.output_path is None else Path(self.cfg.output_path)
@@ -191,8 +203,22 @@ class FinetuneRunner(E2ESAETrainingRunner):
         return found
 
     def _build_trainer(self) -> E2ESAETrainer:
+        factor = balancing_factor(self.original)
+        unfold_scale(self.sae, factor)  # folded again at the end, as an estimated normalisation is
         self.trainer = super()._build_trainer()
+        if factor != 1:
+            self.trainer.activation_scaler.scaling_factor = factor
         return self.trainer
+
+    def _summary(self, trainer: E2ESAETrainer) -> str:
+        """The report says the rest, on all the held-out tokens."""
+        text = f"\nFine-tuned for {trainer.n_training_steps:,} steps, {trainer.n_training_samples:,} tokens."
+        if trainer.early_stop.reached:
+            n = trainer.early_stop.n_without_gain
+            text += f" It stopped early: the held-out KL has not fallen for {n} evaluations in a row."
+        if self.cfg.output_path is not None:
+            text += f"\nSaved in {self.cfg.output_path} (sae_lens.SAE.load_from_disk reads it)."
+        return text
 
     def _finished(self, trained: TrainingSAE[Any]) -> SAE[Any]:
         """The fine-tuned SAE in the original's form, with where it comes from in its metadata."""

@@ -30,6 +30,8 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
         ValueError: a folder without an SAE, a release or repository without `sae_id`, or a `sae_id` beside a folder or
             an SAE, where it means nothing.
     """
+    if not isinstance(source, SAE | str | Path):
+        raise ValueError(f"An SAE is named by a folder, a release or a repository, got {source!r}.")
     if isinstance(source, SAE) or Path(source).is_dir():
         if sae_id is not None:
             raise ValueError(f"sae_id={sae_id!r} has no meaning for an SAE or a folder: leave it out.")
@@ -38,9 +40,12 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
         if not (Path(source) / "cfg.json").is_file():
             raise ValueError(f"The folder {str(source)!r} holds no SAE: it has no cfg.json.")
         return SAE.load_from_disk(str(source), device=device)
+    if Path(source).is_file():
+        raise ValueError(f"{str(source)!r} is a file. Give the folder that it lies in.")
     if sae_id is None:
         raise ValueError(
-            f"{str(source)!r} is no folder, so it is taken for a release of SAELens or a Hub repository, and needs a sae_id."
+            f"There is no folder {str(source)!r}, so it is taken for a release of SAELens or a Hub repository, and needs a "
+            "sae_id (--sae-id)."
         )
     return SAE.from_pretrained(str(source), sae_id, device=device)
 
@@ -72,7 +77,15 @@ def training_config(
         )
     config_class = get_sae_training_class(architecture)[1]
     known = {field.name for field in fields(config_class)} - {"metadata"}
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ValueError(f"sae_settings must be a mapping of training settings, got {settings!r}.")
+    fixed = {field.name for field in fields(sae.cfg)}
     for name in settings or {}:
+        if name in fixed:
+            raise ValueError(
+                f"sae_settings has {name!r}, which would change what the SAE computes. It can have the settings of "
+                f"training alone: {sorted(known - fixed)}."
+            )
         if name not in known:
             raise ValueError(f"Architecture {architecture!r} has no training setting {name!r}. It has {sorted(known)}.")
     inherited = {**_saved_training_settings(sae, architecture), **_shared_settings(sae, known)}
@@ -126,8 +139,8 @@ def _require_sparsity(architecture: str, chosen: dict[str, Any], thresholds_are_
         return
     raise ValueError(
         f"The metadata of this {architecture!r} SAE do not say its {name}, without which its L0 would drift. Give the one "
-        f"that it was trained with: {name}=... (as in SAELens: beside a squared error summed over "
-        "features)."
+        f"that it was trained with: sae_settings={{{name!r}: ...}} (--sparsity-coefficient), as in SAELens "
+        "beside a squared error summed over dimensions."
     )
 
 
