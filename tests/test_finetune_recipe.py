@@ -133,6 +133,12 @@ def test_the_models_dtype(tmp_path: Path):
     ).model_from_pretrained_kwargs == {"dtype": "float16"}
 
 
+def test_settings_that_follow_from_others(tmp_path: Path):
+    assert config_of(finished(tmp_path), trained="lora", frozen_parameters=("W_dec",)).keep_decoder_norms is False
+    assert config_of(finished(tmp_path), n_eval_batches=0).patience_evaluations is None
+    assert config_of(finished(tmp_path)).verbose is True
+
+
 @pytest.mark.parametrize("name", ["gpt2-small", "gpt2", "openai-community/gpt2", "GPT2"])
 def test_other_names_of_the_same_model_are_accepted(name: str, tmp_path: Path):
     assert config_of(finished(tmp_path), model_name=name).model_name == name
@@ -167,6 +173,14 @@ def test_another_place_is_refused_unless_forced(settings: dict[str, Any], messag
         ({}, {"trained": "encoder"}, "trained must be one of .*'lora'.*got 'encoder'"),
         ({}, {"lora_rank": 4}, "lora_rank=4 has no effect with trained='all'"),
         ({}, {"evaluation_tokens": 0}, "evaluation_tokens must be a whole number, 1 or more, got 0"),
+        ({}, {"sae_settings": {"k": 5}}, "sae_settings has 'k', which would change what the SAE computes"),
+        ({}, {"sae_settings": ["k"]}, "sae_settings must be a mapping"),
+        ({}, {"training_tokens": "25M"}, "training_tokens must be a whole number, 1 or more, got '25M'"),
+        ({}, {"context_size": 0}, "context_size must be a whole number, 1 or more, got 0"),
+        ({}, {"store_batch_size_prompts": 0}, "store_batch_size_prompts must be a whole number"),
+        ({}, {"model_dtype": "float99"}, "model_dtype must be one of .*'bfloat16'.*got 'float99'"),
+        ({}, {"objective": None}, "objective must be an Objective, got None"),
+        ({}, {"dataset_path": __file__}, "is a file. Give the folder that it lies in"),
         ({}, {"output_pat": "x"}, "Unknown key 'output_pat' .* Did you mean 'output_path'"),
         ({}, {"sae_settings": {"l1_coefficient": 1.0}}, "'topk' has no training setting 'l1_coefficient'"),
     ],
