@@ -3,7 +3,7 @@
     python benchmarks/finetune.py --architecture topk
     python benchmarks/finetune.py --architecture jumprelu
 
-Trains a local SAE, then fine-tunes it for a tenth of its tokens in each way, on KL + MSE; the control trains the squared
+Trains a local SAE (unless its folder is there already), then fine-tunes it for a tenth of its tokens in each way, on KL + MSE; the control trains the squared
 error alone for as many tokens, at the same rate. `--mixed` also trains one from scratch, the last tenth of its tokens on
 KL + MSE. Each row is measured on the same held-out files.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Bench:
     def train(self, architecture: str, tokens: int, objective: Objective, local_first: float) -> Path:
         sae, lr = SAES[architecture]
         folder = self.output / f"{architecture}-{'mixed' if local_first else 'base'}"
+        if (folder / "cfg.json").exists():
+            return folder
         cfg = E2ESAERunnerConfig(
             sae=dataclasses.replace(sae),
             objective=objective,
@@ -86,6 +89,7 @@ class Bench:
 
 WAYS: dict[str, dict[str, Any]] = {
     "all": {"lr": 1e-3},
+    "all, lr 3e-4": {"lr": 3e-4},
     "decoder": {"trained": "decoder", "lr": 1e-3},
     "scale_and_bias": {"trained": "scale_and_bias", "lr": 3e-3},
     "lora": {"trained": "lora", "lr": 1e-3},
@@ -113,7 +117,7 @@ def main() -> None:
         print("| trained | CE loss increase | gap closed | KL | L0 | explained variance | same, changed |")
         print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for index, name in enumerate(args.ways):
-            report = bench.finetune(base, name.replace(": ", "-"), args.tokens // 10, **WAYS[name]).report
+            report = bench.finetune(base, re.sub(r"\W+", "-", name), args.tokens // 10, **WAYS[name]).report
             assert report is not None
             if index == 0:
                 print(row("nothing", report.before))

@@ -66,7 +66,7 @@ def test_the_published_recipe_is_the_default(tmp_path: Path):
     assert cfg.n_eval_batches * cfg.store_batch_size_prompts * 1024 == 131_072
     n_evaluations = cfg.total_training_steps // (cfg.logger.wandb_log_frequency * cfg.logger.eval_every_n_wandb_logs)
     assert 18 <= n_evaluations <= 22
-    assert cfg.patience_evaluations == 3
+    assert cfg.patience_evaluations == 5
 
 
 def test_a_short_run_evaluates_as_often_as_it_can(tmp_path: Path):

@@ -28,7 +28,7 @@ CONTEXT_SIZE = 1024  # where the metadata do not say
 STEP_PROMPTS = 8
 EVALUATION_TOKENS = 131_072
 N_EVALUATIONS = 20
-PATIENCE = 3
+PATIENCE = 5  # a quarter of the run: Adam's first steps cost more than they gain, and the last, small ones gain most
 # The published rate for whole weights; an adapter's numbers have to move further (docs/finetuning.md).
 LEARNING_RATE: dict[Trained, float] = {"all": 5e-5, "decoder": 5e-5, "scale_and_bias": 1e-3, "lora": 2e-4}
 
@@ -202,7 +202,7 @@ def _lengths(settings: dict[str, Any], evaluation_tokens: int) -> dict[str, Any]
         chosen["n_eval_batches"] = max(1, round(evaluation_tokens / (per_batch * settings["context_size"])))
     if "logger" not in settings:
         every = max(1, min(10, n_steps // N_EVALUATIONS))
-        per_evaluation = max(1, n_steps // (N_EVALUATIONS * every))
+        per_evaluation = max(1, -(-n_steps // (N_EVALUATIONS * every)))
         chosen["logger"] = LoggingConfig(
             log_to_wandb=False, wandb_log_frequency=every, eval_every_n_wandb_logs=per_evaluation
         )
