@@ -3,9 +3,9 @@
     python benchmarks/finetune.py --architecture topk
     python benchmarks/finetune.py --architecture jumprelu
 
-Trains a local SAE (unless its folder is there already), then fine-tunes it for a tenth of its tokens in each way, on KL + MSE; the control trains the squared
-error alone for as many tokens, at the same rate. `--mixed` also trains one from scratch, the last tenth of its tokens on
-KL + MSE. Each row is measured on the same held-out files.
+Trains a local SAE (unless its folder is there already), then fine-tunes it for a tenth of its tokens in each way, on
+KL + MSE; the control trains the squared error alone for as many tokens, at the same rate. `--mixed` also trains one from
+scratch, the last tenth of its tokens on KL + MSE. Each row is measured on the same held-out files.
 """
 
 from __future__ import annotations
