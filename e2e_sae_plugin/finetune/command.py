@@ -109,7 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         help="text or tokens: a dataset of the Hub, or a folder (default: the metadata's)",
     )
     add("--streaming", action="store_true", default=None, help="stream the dataset instead of fetching it")
-    group = parser.add_argument_group("what is trained")
+    _add_training_flags(parser.add_argument_group("what is trained"))
+    _add_place_flags(parser.add_argument_group("where"))
+    _add_run_flags(parser.add_argument_group("the run"))
+    return parser
+
+
+def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--trained",
@@ -133,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--batch-prompts", dest="store_batch_size_prompts", type=int, help="sequences in the model at once (default 8)")
     add("--seed", type=int)
-    group = parser.add_argument_group("where")
+
+
+def _add_place_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", dest="model_name", help="default: the metadata's; another needs --force")
     add("--model-class", dest="model_class_name", choices=MODEL_CLASSES)
@@ -142,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--context-size", type=int, help="default: the metadata's, or 1024")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--force", action="store_true", help="accept another model, hook or tokenizer than the metadata's")
-    group = parser.add_argument_group("the run")
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--evaluation-tokens",
@@ -161,7 +171,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="any other field of E2ESAERunnerConfig, for instance --set patience_evaluations=5; may be repeated",
     )
-    return parser
 
 
 def number_of_tokens(text: str) -> int:
