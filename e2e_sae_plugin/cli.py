@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import make_dataclass
 from functools import partial
@@ -18,11 +19,14 @@ from simple_parsing import ArgumentParser, subgroups
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
+from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.finetune.command import finetune
 from e2e_sae_plugin.interruption import RunInterrupted
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
+from e2e_sae_plugin.sweep.command import sweep
+from e2e_sae_plugin.sweep.runner import SweepFailed
 
 USAGE = """usage: e2e-sae [--version] [--help] <command> ...
 
@@ -31,6 +35,7 @@ Train sparse autoencoders end to end, plugged into SAELens.
 commands:
   train      train an SAE; flags of SAELens's runner and of the objective, or --config run.yaml
   finetune   make a finished SAE faithful: a short run on KL + MSE, and a table of before and after
+  sweep      train many SAEs side by side on one clean pass: objectives x sparsities x seeds
   demo       train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
 
 e2e-sae <command> --help explains a command."""
@@ -49,17 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"e2e-sae-plugin {__version__}")
         return 0
-    commands = {"train": train, "finetune": finetune, "demo": demo}
+    commands = {"train": train, "finetune": finetune, "sweep": sweep, "demo": demo}
     if argv[0] not in commands:
         print(f"{USAGE}\n\ne2e-sae: unknown command {argv[0]!r}, expected one of {sorted(commands)}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # The host's own line of code, warned about again and again where data are tensors already.
+    warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     try:
         commands[argv[0]](argv[1:])
     except ValueError as error:
         print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
         return 2
-    except (OSError, NonFiniteError) as error:
+    except (OSError, NonFiniteError, SweepFailed) as error:
         print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
         return 1
     except RunInterrupted as interrupted:
@@ -71,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str]) -> None:
     """Train from flags or from a YAML file."""
-    E2ESAETrainingRunner(parse_train_config(argv)).run()
+    cfg = parse_train_config(argv)
+    model, data = bundled_model(cfg.model_name, str(cfg.device)), bundled_dataset(cfg.dataset_path, cfg.context_size)
+    E2ESAETrainingRunner(cfg, override_model=model, override_dataset=data).run()
 
 
 def parse_train_config(argv: Sequence[str]) -> E2ESAERunnerConfig:

@@ -141,13 +141,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             locked(*([] if output is None else [output]), *self._checkpoint_folders()),
             stop_on_signals() as stop_request,
         ):
-            self._set_sae_metadata()
             if self.cfg.logger.log_to_wandb:
                 self._start_wandb()
-            self._clear_leftovers()
-            if output is not None:
-                mark_output(self.cfg, output, starts_anew=self.resumed_from is None)
-            trainer = self._build_trainer()
+            trainer = self._claim_output_and_build_trainer()
             trainer.stop_request = stop_request
             if self.resumed_from is not None:
                 trainer.load_trainer_state(self.resumed_from)
@@ -164,6 +160,14 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             logger.warning("The run was finished and saved when the signal came; there is nothing to resume.")
             raise run_interrupted(stop_request.signal_number, None)
         return sae
+
+    def _claim_output_and_build_trainer(self) -> E2ESAETrainer:
+        """The first things that a run does once its folders are its own."""
+        self._set_sae_metadata()
+        self._clear_leftovers()
+        if self.cfg.output_path is not None:
+            mark_output(self.cfg, Path(self.cfg.output_path), starts_anew=self.resumed_from is None)
+        return self._build_trainer()
 
     def _say(self, text: str) -> None:
         """What a user has to see, also in a script that has not set up logging."""
@@ -268,6 +272,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.sae.cfg.metadata.objective = self.cfg.objective.to_dict()
         self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)
+        self.sae.cfg.metadata.seed = self.cfg.seed
         self.sae.cfg.metadata.run_identity = self.identity
         self.sae.cfg.metadata.tokenizer_sha256 = tokenizer_fingerprint(getattr(self.model, "tokenizer", None))
         self.sae.cfg.metadata.e2e_sae_plugin_version = __version__

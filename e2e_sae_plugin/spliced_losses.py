@@ -64,6 +64,12 @@ def clean_micro_batch(
     return MicroBatch(tokens, clean, None if mask is None else mask.to(clean.activation.device), n_tokens)
 
 
+def sequence_of(micro: MicroBatch) -> Tensor:
+    """Which sequence each trained token belongs to, `[n_tokens]`."""
+    rows = torch.arange(len(micro.tokens), device=micro.tokens.device)[:, None].expand_as(micro.tokens)
+    return rows.flatten() if micro.mask is None else rows[micro.mask.to(rows.device)]
+
+
 def splice(
     model: SplicedModel, micro: MicroBatch, sae_out: Tensor, *, head_index: int | None, hidden: bool
 ) -> SplicedPass:

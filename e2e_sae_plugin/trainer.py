@@ -92,19 +92,35 @@ class E2ESAETrainer(SplicedStepTrainer):
         Re-implemented because the host's loop only logs and evaluates with Weights & Biases on; a test fails when the
         installed host's version of it changes.
         """
+        self.begin()
+        with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
+            while not self.is_done:
+                output = self.advance()
+                progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=self.is_done)
+                self.checkpointer.after_step(self)
+                self.stop_if_asked()
+        return self.end()
+
+    def begin(self) -> None:
+        """What comes before the first step, or before going on: estimates that are not there yet, the start's evaluation."""
         self.sae.to(self.cfg.device)
         estimate_activation_scaling(self)
         initialise_b_dec(self)
         if self.early_stop.patience is not None and self.n_training_steps == 0 and self.objective.needs_spliced_pass:
             self.early_stop.see(self.evaluate()["metrics/held_out_kl"], self.sae)  # what all others are compared with
-        with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
-            while self.n_training_samples < self.cfg.total_training_samples and not self.early_stop.reached:
-                self._log(self.maybe_reset_sparsity())
-                output = self._train_on_next_batch()
-                done = self.n_training_samples >= self.cfg.total_training_samples
-                progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=done)
-                self.checkpointer.after_step(self)
-                self.stop_if_asked()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step has been made."""
+        return self.n_training_samples >= self.cfg.total_training_samples or self.early_stop.reached
+
+    def advance(self) -> TrainStepOutput:
+        """The next step, with what the log gets before and after it."""
+        self._log(self.maybe_reset_sparsity())
+        return self._train_on_next_batch()
+
+    def end(self) -> TrainingSAE[Any]:
+        """What comes after the last step: the last evaluation, the best weights, the SAE in its finished form."""
         self._log(self.full_sparsity_window_log())
         held_out = self.evaluate()
         if self.early_stop.patience is not None:

@@ -17,7 +17,7 @@ from e2e_sae_plugin.evaluation.sums import SequenceSums
 from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel, SplicedPass
 from e2e_sae_plugin.splice.activations import select_tokens
-from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, downstream_errors, splice
+from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, downstream_errors, sequence_of, splice
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`sae_in [tokens, d_in]`, as the model has it, -> (`feature_acts [tokens, d_sae]`, `sae_out [tokens, d_in]`)."""
@@ -124,7 +124,7 @@ def measure(
         sae_in = micro.sae_in(head_index)
         feature_acts, sae_out = reconstruct(sae_in)
         spliced = splice(model, micro, sae_out, head_index=head_index, hidden=True)
-        sequence = _sequence_of(micro)
+        sequence = sequence_of(micro)
         sums.add_sae(sae_in.to(sae_out.device), feature_acts, sae_out, sequence, len(chunk))
         _add_outputs(sums, model, micro, spliced, sequence)
         for hook in model.downstream_hooks:
@@ -141,12 +141,6 @@ def measure(
         n_tokens=int(sums.total("n_tokens").sum()),
         sums=sums,
     )
-
-
-def _sequence_of(micro: MicroBatch) -> Tensor:
-    """Which sequence each measured token belongs to, `[n_tokens]`."""
-    rows = torch.arange(len(micro.tokens), device=micro.tokens.device)[:, None].expand_as(micro.tokens)
-    return rows.flatten() if micro.mask is None else rows[micro.mask.to(rows.device)]
 
 
 def _add_outputs(

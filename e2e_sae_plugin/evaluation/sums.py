@@ -19,14 +19,21 @@ def bootstrap_weights(n_sequences: int, n_resamples: int = 1000, seed: int = 0) 
     )
 
 
+def check_confidence(confidence: float) -> None:
+    """Raises:
+    ValueError: `confidence` is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}.")
+
+
 def interval(resampled: Tensor, confidence: float = 0.95) -> tuple[float, float]:
     """The percentile interval of values `[n_resamples]` of one statistic.
 
     Raises:
         ValueError: `confidence` is not between 0 and 1.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}.")
+    check_confidence(confidence)
     tail = (1 - confidence) / 2
     low, high = torch.quantile(resampled.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
@@ -78,6 +85,11 @@ class SequenceSums:
             "active": active.sum(1),
         }.items():
             self.add(name, values, sequence, n_sequences)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what has been added."""
+        return tuple(self._values)
 
     def total(self, name: str) -> Tensor:
         """`[n_sequences]` of everything measured."""

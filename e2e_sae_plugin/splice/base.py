@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.kernels.kl import LinearHead, Unembed
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
+
+CleanPassSource = Callable[["SplicedModel", Tensor], "CleanPass | None"]
+"""Clean pass over these tokens for this place, where it has been computed together with others; else None."""
 
 HookFunction = Callable[[Tensor], Tensor | None]
 """Called with the activation `[batch, pos, ...]`; a tensor that it returns takes the activation's place."""
@@ -60,6 +63,7 @@ class SplicedModel(ABC):
         self.downstream_hooks = self._choose_downstream(downstream_hooks, needs_downstream)
         self.vocabulary = 0  # known after `check`
         self.unembed: Unembed = self.logits  # `check` puts a faster one here where it can
+        self.shared: CleanPassSource | None = None  # passes that other SAEs need too
 
     def _freeze(self) -> None:
         self.model.eval()
@@ -140,15 +144,9 @@ class SplicedModel(ABC):
             hidden: run to the final hidden state. False stops after the last activation that is wanted.
             downstream: keep the activations at the downstream hooks.
         """
-        caught: dict[str, Tensor] = {}
-        wanted = [self.position.hook_name, *(self.downstream_hooks if downstream else ())]
-        functions = {name: _catcher(caught, name, None if hidden else wanted) for name in wanted}
-        context = self._prepare(tokens)
-        with self._hooked(functions), self._capture_block_input() as entering:
-            final = self._run_until_caught(context, None)
-        activation = caught.pop(self.position.hook_name)
-        block_input = activation if self.position.enters_block else entering[0]
-        return CleanPass(activation, block_input, caught, final, context)
+        if self.shared is not None and (clean := self.shared(self, tokens)) is not None:
+            return clean
+        return clean_passes([self], tokens, hidden=hidden, downstream=downstream)[0]
 
     @shape_checked
     def spliced_pass(
@@ -249,6 +247,33 @@ class SplicedModel(ABC):
     @abstractmethod
     def token_device(self) -> torch.device:
         """Device that tokens have to be on."""
+
+
+@torch.no_grad()
+def clean_passes(
+    models: Sequence[SplicedModel], tokens: Tensor, *, hidden: bool = True, downstream: bool = True
+) -> list[CleanPass]:
+    """One run of the clean model, for several places of SAEs in it; arguments as in `SplicedModel.clean_pass`.
+
+    Args:
+        models: splices of one and the same model.
+    """
+    caught: dict[str, Tensor] = {}
+    later = {hook for model in models if downstream for hook in model.downstream_hooks}
+    wanted = later | {model.position.hook_name for model in models}
+    functions = {name: _catcher(caught, name, None if hidden else sorted(wanted)) for name in wanted}
+    context = models[0]._prepare(tokens)
+    with ExitStack() as stack:
+        # Capturing comes last, as it is undone first.
+        stack.enter_context(models[0]._hooked(functions))
+        entering = [stack.enter_context(model._capture_block_input()) for model in models]
+        final = models[0]._run_until_caught(context, None)
+    passes: list[CleanPass] = []
+    for model, block_input in zip(models, entering, strict=True):
+        activation = caught[model.position.hook_name]
+        start = activation if model.position.enters_block else block_input[0]
+        passes.append(CleanPass(activation, start, {hook: caught[hook] for hook in later}, final, context))
+    return passes
 
 
 def _not_downstream(hook: str, hook_name: str) -> str:

@@ -1,0 +1,145 @@
+"""What is compared: SAEs with the labels that group them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+
+from e2e_sae_plugin.finetune.checks import same_model_name
+from e2e_sae_plugin.finetune.start import load_sae
+
+LOCAL = "local"
+KIND_ORDER = (LOCAL, "e2e", "e2e+ds")
+SPARSITY_NAMES = ("l1_coefficient", "l0_coefficient", "k", "max_iterations")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One SAE of a comparison."""
+
+    name: str
+    sae: SAE[Any]
+    kind: str
+    """Its objective: "local", "e2e", "e2e+ds", or what its metadata say."""
+    setting: str
+    """What it was trained at besides kind and seed (its sparsity): SAEs of one kind and setting differ by their seed."""
+    seed: int | None
+
+    @property
+    def decoder(self) -> Tensor:
+        """`W_dec [d_sae, d_in]` in fp32 on the CPU."""
+        return self.sae.W_dec.detach().float().cpu()
+
+
+def kind_of(sae: SAE[Any]) -> str:
+    """From the metadata: `kind` as a sweep writes it, else from the objective; "local" for an SAE without one, which
+    SAELens trained."""
+    metadata = sae.cfg.metadata
+    if metadata.kind:
+        return str(metadata.kind)
+    objective = metadata.objective
+    if not isinstance(objective, Mapping):
+        return LOCAL
+    kl, beta, mse = (float(objective.get(name) or 0) for name in ("kl", "beta", "mse"))
+    if not kl and not beta:
+        return LOCAL
+    parts = ["e2e"] if kl else []
+    return "+".join(parts + ["ds"] * bool(beta) + ["mse"] * bool(mse))
+
+
+def subject(name: str, sae: SAE[Any], kind: str | None = None) -> Subject:
+    """An SAE with the labels of its metadata; `kind` overrides theirs."""
+    metadata = sae.cfg.metadata
+    sparsity = metadata.sparsity
+    if sparsity is None:
+        sparsity = next((getattr(sae.cfg, n) for n in SPARSITY_NAMES if getattr(sae.cfg, n, None) is not None), None)
+    seed = metadata.seed
+    setting = f"{sparsity:g}" if isinstance(sparsity, int | float) else name
+    return Subject(name, sae, kind or kind_of(sae), setting, seed if isinstance(seed, int) else None)
+
+
+def load_subjects(sources: Sequence[str], device: str = "cpu") -> list[Subject]:
+    """SAEs from folders (of one SAE, or of several, such as a sweep's), releases or repositories.
+
+    Args:
+        sources: `PATH`, `RELEASE:SAE_ID` or `OWNER/REPOSITORY:SAE_ID`; with a label before it where wanted, `LABEL=...`,
+            which then is the SAE's kind and name.
+        device: where to put them.
+
+    Raises:
+        ValueError: there is no SAE, or two have the same name.
+    """
+    found: dict[str, Subject] = {}
+    for source in sources:
+        label, sign, rest = source.partition("=")
+        label, place = (label, rest) if sign and "/" not in label else (None, source)
+        for name, sae in _load(place, device):
+            chosen = name if label is None else label
+            while chosen in found:
+                chosen += "'"
+            found[chosen] = subject(chosen, sae, label)
+    if not found:
+        raise ValueError("There is no SAE to compare.")
+    return list(found.values())
+
+
+def _load(place: str, device: str) -> list[tuple[str, SAE[Any]]]:
+    path = Path(place)
+    if path.is_dir():
+        folders = [path] if (path / "cfg.json").is_file() else sorted(f.parent for f in path.glob("*/cfg.json"))
+        if not folders:
+            raise ValueError(f"The folder {place!r} holds no SAE: neither it nor a folder in it has a cfg.json.")
+        return [(folder.name, load_sae(folder, device=device)) for folder in folders]
+    release, sign, sae_id = place.partition(":")
+    if not sign:
+        raise ValueError(
+            f"There is no folder {place!r}. Expected a folder, or RELEASE:SAE_ID for one of SAELens's releases or a Hub "
+            "repository."
+        )
+    return [(f"{release}:{sae_id}", load_sae(release, sae_id, device=device))]
+
+
+def check_same_model(subjects: Sequence[Subject]) -> None:
+    """Refuse SAEs of different models, or tokenizers.
+
+    Raises:
+        ValueError: names two of them and what differs.
+    """
+    first = subjects[0]
+    for each in subjects[1:]:
+        names = first.sae.cfg.metadata.model_name, each.sae.cfg.metadata.model_name
+        if all(names) and not same_model_name(*names):
+            raise ValueError(
+                f"{first.name} is an SAE of {names[0]!r} and {each.name} of {names[1]!r}: SAEs of different models cannot "
+                "be compared as if equal. Compare those of each model by themselves."
+            )
+        prints = first.sae.cfg.metadata.tokenizer_sha256, each.sae.cfg.metadata.tokenizer_sha256
+        if all(prints) and prints[0] != prints[1]:
+            raise ValueError(
+                f"{first.name} and {each.name} were trained with different tokenizers, so they see other text."
+            )
+
+
+def ordered_kinds(subjects: Sequence[Subject]) -> list[str]:
+    """The kinds, the paper's first."""
+    kinds = list(dict.fromkeys(each.kind for each in subjects))
+    return sorted(kinds, key=lambda kind: (KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER), kind))
+
+
+@torch.no_grad()
+def check_finite(subjects: Sequence[Subject]) -> None:
+    """Refuse an SAE with weights that are not finite.
+
+    Raises:
+        ValueError: names it.
+    """
+    for each in subjects:
+        for name, value in each.sae.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{each.name}: {name} is not finite, so there is nothing to measure. Train it again.")

@@ -1,0 +1,255 @@
+"""`SweepConfig`: which SAEs a sweep trains."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from e2e_sae_plugin.config import E2ESAERunnerConfig, require_known_keys
+from e2e_sae_plugin.objective import Objective
+
+SPARSITY_FIELD = {
+    "standard": "l1_coefficient",
+    "gated": "l1_coefficient",
+    "jumprelu": "l0_coefficient",
+    "topk": "k",
+    "abstopk": "k",
+    "batchtopk": "k",
+    "matryoshka_batchtopk": "k",
+    "matching_pursuit": "max_iterations",
+}
+"""What `sparsities` means, by architecture."""
+
+OWN_FIELDS = frozenset(
+    {
+        "objective", "local_first", "sae", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps",
+        "n_restart_cycles", "adam_beta1", "adam_beta2", "max_grad_norm", "b_dec_init_method", "frozen_parameters",
+        "keep_decoder_norms", "dead_feature_window", "feature_sampling_window", "dead_feature_threshold", "autocast",
+        "patience_evaluations", "max_skipped_steps",
+    }
+)  # fmt: skip
+"""Fields that may differ between the SAEs of a sweep. All others say what model, data and batches are, which are shared."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True)
+class SweepKind:
+    """One kind of SAE: an objective with the sparsities that it is trained at.
+
+    Args:
+        objective: what is minimised; as `E2ESAERunnerConfig.objective`.
+        sparsities: values of the architecture's sparsity setting (`l1_coefficient`, `l0_coefficient`, `k`, …).
+        settings: other fields of the config that this kind has to itself (`OWN_FIELDS`), for instance `lr`; those below
+            `sae` are added to the base's.
+    """
+
+    objective: Objective
+    sparsities: tuple[float, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepMember:
+    """One SAE of a sweep."""
+
+    name: str
+    kind: str
+    sparsity: float
+    seed: int
+    hook_name: str
+    config: E2ESAERunnerConfig
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A grid of SAEs that are trained side by side, on one stream of tokens with one clean pass per batch.
+
+    Each SAE is the one that `E2ESAETrainingRunner` trains with its own config (`members`) on the same data.
+
+    Args:
+        base: the settings that all share. Its objective, sparsity and seed are replaced by the grid's.
+        kinds: the objectives with their sparsities, by the name that reports will show.
+        output_path: gets one SAE folder per member, named as in `members`.
+        seeds: of the SAEs' initial weights. Default: the base's.
+        hook_names: where SAEs are trained. Default: the base's hook.
+        checkpoint_path: gets the sweep's checkpoints; None for none. Default: `<output_path>-checkpoints`.
+
+    Raises:
+        ValueError: a grid without members, two of the same name, settings that are not a kind's own, or what
+            `E2ESAERunnerConfig` refuses.
+    """
+
+    base: Mapping[str, Any] | E2ESAERunnerConfig
+    kinds: Mapping[str, SweepKind]
+    output_path: str | Path
+    seeds: Sequence[int] | None = None
+    hook_names: Sequence[str] | None = None
+    checkpoint_path: str | Path | None = "auto"
+
+    def __post_init__(self) -> None:
+        base = self.base.to_dict() if isinstance(self.base, E2ESAERunnerConfig) else dict(self.base)
+        for name in ("checkpoint_path", "output_path", "sae_lens_version"):
+            base.pop(name, None)
+        object.__setattr__(self, "base", base)
+        if self.checkpoint_path == "auto":
+            object.__setattr__(self, "checkpoint_path", f"{self.output_path}-checkpoints")
+        if not self.kinds:
+            raise ValueError("A sweep needs at least one kind: an objective with its sparsities.")
+        for name, values in (("seeds", self.seeds), ("hook_names", self.hook_names)):
+            if isinstance(values, str) or (values is not None and len(values) != len(set(values))):
+                raise ValueError(f"{name} of a sweep must be a list without repetitions, got {values!r}.")
+            if values is not None and not values:
+                raise ValueError(f"{name} of a sweep is empty: leave it out for the base's, or name at least one.")
+        self._check_base(base)
+        for name, kind in self.kinds.items():
+            self._check_kind(name, kind)
+
+    def _check_base(self, base: dict[str, Any]) -> None:
+        require_known_keys(base, {f.name for f in fields(E2ESAERunnerConfig)}, "base")
+        logger = base.get("logger") or {}
+        if not isinstance(logger, Mapping) or logger.get("log_to_wandb"):
+            raise ValueError(
+                "base.logger.log_to_wandb=True is refused in a sweep: its SAEs would write into one run of Weights & "
+                "Biases. Each of them writes metrics.jsonl into its folder; set log_to_wandb to False."
+            )
+        for name in ("resume_from_checkpoint", "adapter", "from_pretrained_path"):
+            if base.get(name) not in (None, "none"):
+                raise ValueError(f"base.{name}={base[name]!r} is refused in a sweep, which trains new SAEs.")
+        for name in ("n_checkpoints", "save_final_checkpoint", "keep_checkpoints"):
+            if base.get(name) not in (None, 0, False, _KEPT_BY_DEFAULT):
+                raise ValueError(
+                    f"base.{name}={base[name]!r} has no effect in a sweep, whose checkpoints are written for all its SAEs "
+                    "at once, by the clock (checkpoint_every_minutes). Leave it out."
+                )
+
+    def _check_kind(self, name: str, kind: SweepKind) -> None:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"The kind {name!r} names folders: expected letters, digits and + - _ . alone.")
+        for value in kind.sparsities:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"kinds.{name}.sparsities must be finite numbers, got {value!r}.")
+        if not kind.sparsities or len(set(kind.sparsities)) < len(kind.sparsities):
+            raise ValueError(f"kinds.{name}.sparsities must be a list without repetitions, got {kind.sparsities!r}.")
+        for key in kind.settings:
+            if key not in OWN_FIELDS:
+                raise ValueError(
+                    f"kinds.{name} sets {key!r}, which all SAEs of a sweep share. Set it in base; a kind can have its own "
+                    f"{sorted(OWN_FIELDS)}."
+                )
+
+    @property
+    def checkpoint_every_minutes(self) -> float | None:
+        """The base's; default 15."""
+        assert isinstance(self.base, Mapping)
+        return self.base.get("checkpoint_every_minutes", E2ESAERunnerConfig.checkpoint_every_minutes)
+
+    def members(self) -> dict[str, SweepMember]:
+        """The SAEs by name: `<kind>-<sparsity>-seed<seed>`, after the hook where there are several."""
+        base: dict[str, Any] = dict(self.base)  # pyright: ignore[reportArgumentType]
+        found: dict[str, SweepMember] = {}
+        hooks = list(self.hook_names or [base.get("hook_name", "")])
+        for seed in self.seeds or [base.get("seed", 42)]:
+            for hook in hooks:
+                for kind_name, kind in self.kinds.items():
+                    for sparsity in kind.sparsities:
+                        place = f"{hook}-" if len(hooks) > 1 else ""
+                        name = f"{place}{kind_name}-{sparsity:g}-seed{seed}"
+                        if name in found:
+                            raise ValueError(f"Two SAEs of the sweep would be named {name!r}.")
+                        config = self._config(base, name, kind, sparsity, seed, hook)
+                        found[name] = SweepMember(name, kind_name, sparsity, seed, hook, config)
+        return found
+
+    def _config(
+        self, base: dict[str, Any], name: str, kind: SweepKind, sparsity: float, seed: int, hook: str
+    ) -> E2ESAERunnerConfig:
+        sae = {**(base.get("sae") or {}), **(kind.settings.get("sae") or {})}
+        sparsity_field = SPARSITY_FIELD.get(sae.get("architecture", ""))
+        if sparsity_field is None:
+            raise ValueError(
+                f"base.sae.architecture={sae.get('architecture')!r} has no sparsity setting that a sweep knows. Expected "
+                f"one of {sorted(SPARSITY_FIELD)}."
+            )
+        sae[sparsity_field] = int(sparsity) if sparsity == int(sparsity) and sparsity_field in _WHOLE else sparsity
+        try:
+            return E2ESAERunnerConfig.from_dict(
+                {
+                    **base,
+                    **kind.settings,
+                    "sae": sae,
+                    "objective": kind.objective.to_dict(),
+                    "seed": seed,
+                    "hook_name": hook,
+                    "output_path": str(Path(self.output_path) / name),
+                    "checkpoint_path": None,  # the sweep's are written for all at once
+                    "checkpoint_every_minutes": None,
+                    "verbose": False,
+                }
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SweepConfig:
+        """Read a mapping as in a sweep's YAML file: the fields of this class; below each kind its `objective`,
+        `sparsities` and own settings.
+
+        Raises:
+            ValueError: an unknown or missing key, or what the classes refuse.
+        """
+        settings = dict(settings)
+        require_known_keys(settings, {f.name for f in fields(cls)}, "the sweep")
+        for name in ("base", "kinds", "output_path"):
+            if name not in settings:
+                raise ValueError(f"The sweep has no {name!r}.")
+            if name != "output_path" and not isinstance(settings[name], Mapping):
+                raise ValueError(f"{name} of the sweep must be a mapping, got {settings[name]!r}.")
+        kinds: dict[str, SweepKind] = {}
+        for name, given in settings["kinds"].items():
+            if not isinstance(given, Mapping) or not {"objective", "sparsities"} <= set(given):
+                raise ValueError(f"kinds.{name} must be a mapping with an objective and sparsities, got {given!r}.")
+            own = {key: value for key, value in given.items() if key not in ("objective", "sparsities")}
+            if not isinstance(given["sparsities"], list | tuple):
+                raise ValueError(f"kinds.{name}.sparsities must be a list, got {given['sparsities']!r}.")
+            sparsities = tuple(float(v) if isinstance(v, str) and _is_number(v) else v for v in given["sparsities"])
+            objective = given["objective"]
+            if not isinstance(objective, Objective):
+                objective = Objective.from_dict(objective)
+            kinds[str(name)] = SweepKind(objective, sparsities, own)
+        return cls(**{**settings, "kinds": kinds})
+
+    @classmethod
+    def load(cls, path: Path) -> SweepConfig:
+        """Read a YAML (or JSON) file.
+
+        Raises:
+            ValueError: there is no such file, it is no mapping, or `from_dict` refuses it.
+        """
+        if not path.is_file():
+            raise ValueError(f"--config: there is no file {str(path)!r}.")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config: {str(path)!r} is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"--config: {str(path)!r} must hold a mapping, got {type(content).__name__}.")
+        return cls.from_dict(content)
+
+
+_KEPT_BY_DEFAULT = E2ESAERunnerConfig.keep_checkpoints
+_WHOLE = ("k", "max_iterations")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

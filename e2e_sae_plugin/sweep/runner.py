@@ -1,0 +1,329 @@
+"""`SweepRunner`: trains the SAEs of a sweep side by side."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
+from tqdm.auto import tqdm
+
+from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
+from e2e_sae_plugin.checkpoint.folder import write_whole
+from e2e_sae_plugin.checkpoint.identity import run_identity
+from e2e_sae_plugin.checkpoint.lock import locked
+from e2e_sae_plugin.checkpoint.resume import check_identity
+from e2e_sae_plugin.interruption import StopRequest, run_interrupted, stop_on_signals
+from e2e_sae_plugin.output_folder import holds_another_run, is_finished, output_is_finished
+from e2e_sae_plugin.splice.shared import SharedCleanPasses
+from e2e_sae_plugin.sweep.checkpoints import SweepCheckpoints
+from e2e_sae_plugin.sweep.config import SweepConfig, SweepMember
+from e2e_sae_plugin.sweep.member import FAILURE_FILENAME, MemberRunner
+from e2e_sae_plugin.sweep.stream import SharedBatches
+from e2e_sae_plugin.trainer import Stopped
+
+logger = logging.getLogger(__name__)
+
+SUMMARY_FILENAME = "sweep.csv"
+
+
+class SweepFailed(RuntimeError):
+    """Every SAE of a sweep has failed."""
+
+
+class SweepRunner:
+    """Trains the SAEs of a sweep in step with each other: one batch, one clean pass, and each SAE its own spliced pass.
+
+    What is finished stays finished, and a sweep that was interrupted goes on where it stood when the same sweep is run
+    again. An SAE that fails (numbers that are not finite) is left out from there on; `failed.json` in its folder says
+    why. Run again, it is tried once more.
+
+    Args:
+        cfg: the sweep.
+        override_model: as in `E2ESAETrainingRunner`.
+        override_dataset: as in `E2ESAETrainingRunner`.
+        part: `(i, n)`: train only every n-th SAE, from the i-th (from 1) on. Processes with the same sweep and different
+            parts share its folder: one per GPU, or one per core where the model is small.
+
+    Raises:
+        ValueError: `part` is out of range, or another run lies where an SAE would go.
+    """
+
+    def __init__(
+        self,
+        cfg: SweepConfig,
+        override_model: Any = None,
+        override_dataset: Any = None,
+        part: tuple[int, int] = (1, 1),
+    ):
+        index, n = part
+        if not 1 <= index <= n:
+            raise ValueError(f"part={part!r} must be (i, n) with 1 <= i <= n.")
+        self.cfg, self.part = cfg, part
+        everyone = cfg.members()
+        if n > len(everyone):
+            raise ValueError(f"part={part!r}: the sweep has only {len(everyone)} SAEs.")
+        self.members: dict[str, SweepMember] = dict(list(everyone.items())[index - 1 :: n])
+        self.statuses: dict[str, str] = dict.fromkeys(self.members, "waiting")
+        self._model, self._dataset = override_model, override_dataset
+        path = cfg.checkpoint_path
+        self.checkpoints = None if path is None else SweepCheckpoints(Path(path), "" if n == 1 else f"-{index}-of-{n}")
+
+    def run(self) -> dict[str, SAE[Any] | None]:
+        """Train what is not finished; returns the SAEs by name, None for one that failed.
+
+        Raises:
+            ValueError: the first SAE's config does not fit model or data, or the data has changed since the checkpoint.
+            SweepFailed: all of them failed.
+            RunInterrupted: a signal came; the sweep was saved first.
+        """
+        waiting = {name: member for name, member in self.members.items() if not self._is_finished(member)}
+        for name, member in waiting.items():
+            self._refuse_another_run(name, member)
+        if waiting:
+            folders = [Path(str(member.config.output_path)) for member in waiting.values()]
+            if self.checkpoints is not None:
+                folders.append(self.checkpoints.own.path)
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            with locked(*folders), stop_on_signals() as stop_request:
+                self._train(waiting, stop_request)
+        self._write_summary()
+        if all(status == "failed" for status in self.statuses.values()):
+            raise SweepFailed(
+                f"All {len(self.members)} SAEs of the sweep failed: {self._failure(next(iter(self.members)))}"
+            )
+        return {
+            name: SAE.load_from_disk(str(member.config.output_path), device=str(member.config.device))
+            if self.statuses[name] == "finished"
+            else None
+            for name, member in self.members.items()
+        }
+
+    # Which of them are to be trained.
+
+    def _is_finished(self, member: SweepMember) -> bool:
+        cfg = member.config
+        identity = run_identity(self._model, None)
+        if not cfg.overwrite_output and output_is_finished(cfg, identity):
+            self.statuses[member.name] = "finished"
+            return True
+        return False
+
+    def _refuse_another_run(self, name: str, member: SweepMember) -> None:
+        folder = Path(str(member.config.output_path))
+        if member.config.overwrite_output or not folder.is_dir():
+            return
+        other = holds_another_run(member.config, folder)
+        if other is None and is_finished(folder):
+            other = "an SAE that was trained with other weights of the language model."
+        if other is not None:
+            raise ValueError(
+                f"The folder {str(folder)!r} of {name} holds {other}\nUse another output_path, or set "
+                "base.overwrite_output to replace what is there."
+            )
+
+    def _train(self, waiting: dict[str, SweepMember], stop_request: StopRequest) -> None:
+        checkpoint, resumed = self._find_checkpoint(waiting)
+        runners, batches = self._build(waiting)
+        round_number = 0
+        if checkpoint is not None and self.checkpoints is not None:
+            round_number = self.checkpoints.round_number(checkpoint)
+            if len(resumed) == len(runners):
+                self.checkpoints.resume_stream(checkpoint, batches)
+            # Else one starts anew, and needs the stream's beginning: those ahead of it wait for it.
+            anew = (
+                "" if len(resumed) == len(runners) else f" for {len(resumed)} SAEs; the others start at the beginning"
+            )
+            self._say(f"Going on from {checkpoint}{anew}.")
+        for name, runner in runners.items():
+            entry = resumed.get(name)
+            folder = None if self.checkpoints is None else self.checkpoints.of(name)
+            reader = batches.reader(0 if entry is None else entry["place"])
+            runner.resumed_from = None if entry is None or folder is None else folder.path / entry["checkpoint"]
+            trainer = runner.start(reader, folder, stop_request)
+            if runner.resumed_from is not None:
+                check_identity(runner.resumed_from, runner.identity)
+                trainer.load_trainer_state(runner.resumed_from)
+        shared = SharedCleanPasses(
+            [runner.spliced_model for runner in runners.values()],
+            hidden=any(runner.cfg.objective.kl > 0 for runner in runners.values()),
+        )
+        self._in_rounds(runners, batches, shared, stop_request, round_number)
+
+    def _find_checkpoint(self, waiting: dict[str, SweepMember]) -> tuple[Path | None, dict[str, dict[str, Any]]]:
+        """The checkpoint to go on from, and what it holds of those that wait. One that failed before an interruption is
+        not tried again while others go on: it would hold them up and fail once more."""
+        checkpoint = None if self.checkpoints is None else self.checkpoints.newest()
+        if checkpoint is None or self.checkpoints is None or self._starts_anew:
+            return None, {}
+        resumed = {name: entry for name, entry in self.checkpoints.members(checkpoint).items() if name in waiting}
+        if not resumed:
+            return None, {}
+        for name in [name for name in waiting if name not in resumed and self._failure(name)]:
+            self.statuses[name] = "failed"
+            del waiting[name]
+        return checkpoint, resumed
+
+    @property
+    def _starts_anew(self) -> bool:
+        return any(member.config.overwrite_output for member in self.members.values())
+
+    def _build(self, waiting: dict[str, SweepMember]) -> tuple[dict[str, MemberRunner], SharedBatches]:
+        """The first one loads model and data; the others take them from it."""
+        runners: dict[str, MemberRunner] = {}
+        first: MemberRunner | None = None
+        for name, member in waiting.items():
+            if first is None:
+                runners[name] = first = MemberRunner(member, self._model, self._dataset, None)
+                self._model = first.model
+            else:
+                runners[name] = MemberRunner(
+                    member, first.model, first.activations_store.dataset, first.evaluation_tokens
+                )
+        assert first is not None
+        batches = SharedBatches(first.tokens, first.spliced_model.token_device)
+        return runners, batches
+
+    # The rounds.
+
+    def _in_rounds(
+        self,
+        runners: dict[str, MemberRunner],
+        batches: SharedBatches,
+        shared: SharedCleanPasses,
+        stop_request: StopRequest,
+        round_number: int,
+    ) -> None:
+        training = dict(runners)
+        last_saved = time.monotonic()
+        every = self.cfg.checkpoint_every_minutes
+        for name in list(training):
+            self._attempt(training, name, "begin")
+        total = sum(member.config.training_tokens for member in self.members.values())
+        with (
+            self._saved_if_the_disk_fails(batches, training),
+            tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, desc="Sweep") as bar,
+        ):
+            while training:
+                place = min(_place(runner) for runner in training.values())
+                batch = batches.batch(place)
+                with shared.over(batch):
+                    for name in [name for name, runner in training.items() if _place(runner) == place]:
+                        self._attempt(training, name, "advance")
+                batches.forget_what_all_have_read()
+                round_number += 1
+                self._show(bar, runners, training)
+                if stop_request:
+                    self._stop(batches, training, stop_request, round_number)
+                if every is not None and time.monotonic() - last_saved >= 60 * every:
+                    self._save(batches, training, round_number)
+                    last_saved = time.monotonic()
+
+    def _attempt(self, training: dict[str, MemberRunner], name: str, what: str) -> None:
+        """Begin or advance one SAE, and finish it where that was its last step."""
+        runner = training[name]
+
+        def act(trainer: Any) -> None:
+            getattr(trainer, what)()
+            if trainer.is_done:
+                runner.finish(trainer)
+
+        try:
+            error = runner.attempt(act)
+        except Stopped:  # during the estimates before the first step
+            return
+        if error is not None:
+            logger.warning("%s has failed and is left out from here on: %s", name, error)
+        if runner.status != "training":
+            self.statuses[name] = runner.status
+            batches = [training.pop(name)]
+            batches.clear()
+            self._write_summary()
+
+    def _show(self, bar: Any, runners: dict[str, MemberRunner], training: dict[str, MemberRunner]) -> None:
+        done = sum(
+            runner.cfg.training_tokens if runner.trainer is None else runner.trainer.n_training_samples
+            for runner in runners.values()
+        )
+        done += sum(m.config.training_tokens for n, m in self.members.items() if n not in runners)
+        bar.set_postfix({"training": len(training), "of": len(self.members)}, refresh=False)
+        bar.update(done - bar.n)
+
+    # Checkpoints.
+
+    def _save(self, batches: SharedBatches, training: dict[str, MemberRunner], round_number: int) -> Path | None:
+        if self.checkpoints is None or not training:
+            return None
+        try:
+            return self.checkpoints.write(batches, training, round_number)
+        except WRITE_ERRORS as error:
+            logger.error("The sweep's checkpoint could not be written (%s); training goes on.", error)
+            return None
+
+    @contextmanager
+    def _saved_if_the_disk_fails(self, batches: SharedBatches, training: dict[str, MemberRunner]) -> Iterator[None]:
+        """An SAE that cannot be saved is no failure of that SAE: the sweep stops, and goes on when there is room."""
+        try:
+            yield
+        except WRITE_ERRORS:
+            self._save(batches, training, -1)
+            raise
+
+    def _stop(
+        self, batches: SharedBatches, training: dict[str, MemberRunner], request: StopRequest, round_number: int
+    ) -> None:
+        checkpoint = self._save(batches, training, round_number)
+        how = "Nothing could be saved" if checkpoint is None else f"Saved {checkpoint}. Run the sweep again to go on"
+        logger.warning("The sweep was stopped with %d SAEs to train. %s.", len(training), how)
+        assert request.signal_number is not None
+        raise run_interrupted(request.signal_number, checkpoint)
+
+    # What is left behind.
+
+    def _failure(self, name: str) -> str:
+        path = Path(str(self.members[name].config.output_path)) / FAILURE_FILENAME
+        return json.loads(path.read_text())["error"] if path.exists() else ""
+
+    def _write_summary(self) -> None:
+        """`sweep.csv`: every SAE of the sweep, of all its parts."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        columns = ("ce_loss_increase", "held_out_kl", "held_out_l0", "held_out_explained_variance")
+        writer.writerow(["name", "kind", "sparsity", "seed", "hook_name", "status", *columns])
+        for name, member in self.cfg.members().items():
+            folder = Path(str(member.config.output_path))
+            failed = (folder / FAILURE_FILENAME).exists()
+            status = "finished" if (folder / SAE_CFG_FILENAME).exists() else "failed" if failed else "not finished"
+            values = _last_evaluation(folder) if status == "finished" else {}
+            figures = [values.get(f"metrics/{column}", "") for column in columns]
+            writer.writerow([name, member.kind, member.sparsity, member.seed, member.hook_name, status, *figures])
+        Path(self.cfg.output_path).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(self.cfg.output_path) / SUMMARY_FILENAME, text.getvalue())
+
+    @staticmethod
+    def _say(text: str) -> None:
+        tqdm.write(text)
+
+
+def _place(runner: MemberRunner) -> int:
+    assert runner.trainer is not None
+    return runner.trainer.data_provider.place  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _last_evaluation(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        entry = json.loads(line)
+        if "metrics/ce_loss_increase" in entry:
+            found = entry
+    return found
