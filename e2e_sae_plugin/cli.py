@@ -17,6 +17,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing import ArgumentParser, subgroups
 
 from e2e_sae_plugin._version import __version__
+from e2e_sae_plugin.comparison.command import compare_command, evaluate_command
 from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
@@ -36,6 +37,8 @@ commands:
   train      train an SAE; flags of SAELens's runner and of the objective, or --config run.yaml
   finetune   make a finished SAE faithful: a short run on KL + MSE, and a table of before and after
   sweep      train many SAEs side by side on one clean pass: objectives x sparsities x seeds
+  evaluate   measure one SAE: what it costs the model, how sparse it is, what becomes of later layers
+  compare    several SAEs on one page: Pareto fronts, pathways, geometry, the most important features
   demo       train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
 
 e2e-sae <command> --help explains a command."""
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"e2e-sae-plugin {__version__}")
         return 0
     commands = {"train": train, "finetune": finetune, "sweep": sweep, "demo": demo}
+    commands |= {"evaluate": evaluate_command, "compare": compare_command}
     if argv[0] not in commands:
         print(f"{USAGE}\n\ne2e-sae: unknown command {argv[0]!r}, expected one of {sorted(commands)}", file=sys.stderr)
         return 2

@@ -20,6 +20,11 @@ from typing import Any
 
 import yaml
 
+from e2e_sae_plugin.comparison import Comparison, compare, load_subjects
+from e2e_sae_plugin.comparison.report import write_comparison
+from e2e_sae_plugin.demo import demo_tokens, load_demo_model
+from e2e_sae_plugin.demo.run import quiet_host
+
 KINDS: dict[str, dict[str, Any]] = {
     "local": {"objective": "local", "sparsities": [0.15, 0.25, 0.4, 0.65, 1.0]},
     "e2e": {"objective": "e2e", "sparsities": [0.005, 0.01, 0.02, 0.04, 0.08]},
@@ -112,12 +117,29 @@ def search_rates(output: Path, processes: int, scale: float) -> dict[str, float]
     return {name: float(min(losses, key=lambda rate: losses[rate])) for name, losses in found.items()}
 
 
+def report(output: Path, n_tokens: int) -> Comparison:
+    """Compare all the SAEs on held-out files, with feature cards for those of similar CE loss increase."""
+    with quiet_host():
+        subjects = load_subjects([str(output / "saes")])
+        model = load_demo_model()
+        tokens = demo_tokens("evaluation", 128)[: n_tokens // 128]
+        folder = output / "report"
+        found = compare(subjects, model, tokens, cache=folder, n_cards=0, progress=True)
+        matched = [found.groups[key][0].name for key in found.matched.items()]
+        found = compare(subjects, model, tokens, cache=folder, n_cards=9, cards_for=matched, n_exact=9, progress=True)
+        write_comparison(found, folder, "The paper's three findings on the bundled model")
+    return found
+
+
 def main() -> None:
     """Search, train, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/findings"), help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="default here: %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the training tokens (default 1)")
+    parser.add_argument(
+        "--tokens", type=int, default=102_400, help="held-out tokens to measure on (default %(default)s)"
+    )
     parser.add_argument("--only", choices=["search", "train"], help="stop after this part")
     args = parser.parse_args()
     started = time.monotonic()
@@ -142,6 +164,14 @@ def main() -> None:
         args.processes,
     )
     done("training")
+    found = report(args.output, args.tokens)
+    done("evaluation and report")
+    for each in found.findings:
+        print(f"\n{each.title}: {each.verdict.upper()}\n  {each.claim}")
+        for line in each.evidence:
+            print(f"    {line}")
+    print(f"\nThe report: {args.output / 'report' / 'report.html'}")
+    (args.output / "minutes.json").write_text(json.dumps(times, indent=1) + "\n")
 
 
 if __name__ == "__main__":

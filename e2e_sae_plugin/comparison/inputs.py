@@ -1,0 +1,110 @@
+"""The model and the text that SAEs are measured with, from their metadata or from flags."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+
+from e2e_sae_plugin.build import load_language_model, quiet_override_warning
+from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_model
+from e2e_sae_plugin.demo.data import demo_tokens
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT = 128
+
+
+def load_model_of(
+    sae: SAE[Any],
+    *,
+    model_name: str | None = None,
+    model_class_name: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> Any:
+    """The language model that an SAE's metadata name, or the one that is given.
+
+    Raises:
+        ValueError: no model is known.
+    """
+    metadata = sae.cfg.metadata
+    name = model_name or metadata.model_name
+    if not name:
+        raise ValueError("The SAE's metadata name no model. Give model_name (--model).")
+    if (bundled := bundled_model(name, device)) is not None:
+        return bundled
+    kwargs = dict(metadata.model_from_pretrained_kwargs or {})
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    return load_language_model(
+        model_class_name or metadata.model_class_name or "HookedTransformer", name, device, kwargs
+    )
+
+
+def evaluation_tokens(
+    sae: SAE[Any],
+    model: Any,
+    n_tokens: int,
+    *,
+    dataset: str | None = None,
+    context_size: int | None = None,
+    streaming: bool = False,
+) -> Tensor:
+    """Sequences `[n_prompts, context_size]` of about `n_tokens`, from the head of a dataset: what runs of this package hold
+    out for evaluation. Of the bundled model's text, files that neither it nor an SAE was trained on.
+
+    Args:
+        sae: whose metadata give what is not given.
+        dataset: a dataset of the Hub or a folder, of text or tokens; default: the metadata's.
+        context_size: default: the metadata's, or 128.
+        streaming: stream the dataset instead of fetching it.
+
+    Raises:
+        ValueError: no dataset is known, or it has no sequence.
+    """
+    metadata = sae.cfg.metadata
+    if metadata.model_name == BUNDLED and dataset is None:
+        dataset = BUNDLED
+    dataset = dataset or metadata.dataset_path
+    context = context_size or metadata.context_size or DEFAULT_CONTEXT
+    n_prompts = max(1, n_tokens // context)
+    if not dataset:
+        raise ValueError("The SAE's metadata name no dataset. Give dataset (--dataset).")
+    if metadata.model_name == BUNDLED and (dataset == BUNDLED or (not context_size and "/" not in dataset)):
+        return demo_tokens("evaluation", context)[:n_prompts]
+    with quiet_override_warning(True):
+        store = ActivationsStore(
+            model=model,
+            dataset=dataset,
+            streaming=streaming,
+            hook_name=metadata.hook_name or "",
+            hook_head_index=metadata.hook_head_index,
+            context_size=context,
+            d_in=sae.cfg.d_in,
+            n_batches_in_buffer=2,
+            total_training_tokens=n_tokens,
+            store_batch_size_prompts=1,
+            train_batch_size_tokens=context,
+            prepend_bos=True if metadata.prepend_bos is None else metadata.prepend_bos,
+            normalize_activations="none",
+            device=torch.device("cpu"),
+            dtype="float32",
+            disable_concat_sequences=bool(metadata.disable_concat_sequences),
+            sequence_separator_token=metadata.sequence_separator_token or "bos",
+        )
+    sequences: list[Tensor] = []
+    try:
+        while len(sequences) < n_prompts:
+            sequences.append(store.get_batch_tokens(1, raise_at_epoch_end=True)[0].cpu())
+    except (StopIteration, RuntimeError) as stop:
+        if isinstance(stop, RuntimeError) and "StopIteration" not in str(stop):
+            raise
+        logger.warning("%s has only %d of the %d sequences of %d tokens.", dataset, len(sequences), n_prompts, context)
+    if not sequences:
+        raise ValueError(f"{dataset!r} has no sequence of {context} tokens. Use more text, or a smaller context_size.")
+    return torch.stack(sequences)
