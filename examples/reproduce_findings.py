@@ -20,8 +20,7 @@ from typing import Any
 
 import yaml
 
-from e2e_sae_plugin.comparison import Comparison, compare, load_subjects
-from e2e_sae_plugin.comparison.report import write_comparison
+from e2e_sae_plugin.comparison import Comparison, compare, load_subjects, write_comparison
 from e2e_sae_plugin.demo import demo_tokens, load_demo_model
 from e2e_sae_plugin.demo.run import quiet_host
 
@@ -56,7 +55,11 @@ def base(tokens: int) -> dict[str, Any]:
         "n_eval_batches": 16,
         "eval_batch_size_prompts": 8,
         "checkpoint_every_minutes": 5,
-        "logger": {"log_to_wandb": False, "wandb_log_frequency": 10},
+        "logger": {
+            "log_to_wandb": False,
+            "wandb_log_frequency": 10,
+            "eval_every_n_wandb_logs": 10**6,
+        },  # at the end alone
         "sae": {
             "architecture": "standard",
             "d_in": 128,

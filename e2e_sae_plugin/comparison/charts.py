@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from e2e_sae_plugin.comparison.compare import Comparison
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D
 from e2e_sae_plugin.comparison.pareto import dominated
-from e2e_sae_plugin.comparison.published import PublishedSAE
+from e2e_sae_plugin.comparison.published import PublishedSAE, published_l2_ratios_at
 from e2e_sae_plugin.comparison.subjects import Subject, ordered_kinds
 from e2e_sae_plugin.evaluation.estimate import Estimate
-from e2e_sae_plugin.evaluation.geometry import HISTOGRAM_EDGES
+from e2e_sae_plugin.evaluation.geometry import HISTOGRAM_EDGES, CosineSummary
 from e2e_sae_plugin.report import Chart, Series
 
-BINS_FROM = 10
-"""Histograms start at the bin of -0.6: nearest neighbours have no lower cosines than that in practice."""
+ZERO_BIN = len(HISTOGRAM_EDGES) // 2
+"""Where histograms start, unless there are lower cosines; nearest neighbours seldom have them."""
 
 
 def pareto_charts(found: Comparison, paper: Sequence[PublishedSAE]) -> tuple[Chart, ...]:
@@ -27,6 +27,7 @@ def pareto_charts(found: Comparison, paper: Sequence[PublishedSAE]) -> tuple[Cha
 
 def _pareto(found: Comparison, name: str, x_label: str, paper: Sequence[tuple[PublishedSAE, float]]) -> Chart:
     series: list[Series] = []
+    greyed: list[Series] = []
     for kind in ordered_kinds(found.subjects):
         points = [
             (_cost(found, each, name), found.evaluations[each.name]) for each in found.subjects if each.kind == kind
@@ -39,7 +40,7 @@ def _pareto(found: Comparison, name: str, x_label: str, paper: Sequence[tuple[Pu
             if not chosen:
                 continue
             estimates = [_estimate(each.metrics["ce_loss_increase"]) for _, each in chosen]
-            series.append(
+            (greyed if is_beaten else series).append(
                 Series(
                     name="beaten by another of its kind" if is_beaten else kind,
                     x=tuple(x for x, _ in chosen),
@@ -63,6 +64,7 @@ def _pareto(found: Comparison, name: str, x_label: str, paper: Sequence[tuple[Pu
                     style="reference",
                 )
             )
+    series += greyed  # they share an entry of the legend, its last
     positive = all(y > 0 for each in series for y in each.y)
     return Chart(
         name=name,
@@ -145,6 +147,7 @@ def short_hook(hook: str) -> str:
 def ratio_chart(found: Comparison) -> Chart:
     """L2 ratios at position 0 and later, of the matched SAEs."""
     names = {"l2_ratio_position_0": "position 0", "l2_ratio_later": "later positions"}
+    paper = published_l2_ratios_at(found.subjects[0].sae.cfg.metadata.model_name, found.place.hook_name)
     series: list[Series] = []
     for kind, setting in found.matched.items():
         each = found.evaluations[found.groups[kind, setting][0].name]
@@ -159,10 +162,15 @@ def ratio_chart(found: Comparison) -> Chart:
                 group=kind,
             )
         )
+        if kind in paper:
+            series.append(
+                Series(f"{kind}, the paper's", tuple(names.values()), paper[kind], group=kind, style="reference")
+            )
     return Chart(
         "l2_ratio",
         "Length of the reconstruction",
-        "Mean of |SAE(a)| / |a|. End-to-end SAEs need not keep the length of what they reconstruct (the paper's table 5).",
+        "Mean of |SAE(a)| / |a|. End-to-end SAEs need not keep the length of what they reconstruct (the paper's table 5)."
+        + (" Hollow: the paper's numbers on GPT2-small." if paper else ""),
         "",
         "L2 ratio",
         "bars",
@@ -177,17 +185,21 @@ def cosine_charts(found: Comparison) -> tuple[Chart, ...]:
         "cross_seed": ("Across seeds", "to a feature of the same kind of SAE with another seed"),
         "cross_type": ("To local features", "to a feature of the local SAE"),
     }
+    shown: dict[str, list[tuple[str, CosineSummary]]] = {}
+    for name in titles:
+        compared: list[tuple[str, Comparison1D | None]] = [
+            (kind, getattr(found.geometry[kind, setting], name)) for kind, setting in found.matched.items()
+        ]
+        shown[name] = [(kind, one.summary) for kind, one in compared if one is not None and one.summary.n]
+    filled = [i for pairs in shown.values() for _, one in pairs for i, count in enumerate(one.histogram) if count]
+    start = min([ZERO_BIN, *filled])
+    edges = tuple(HISTOGRAM_EDGES[start:].tolist())
     charts: list[Chart] = []
     for name, (title, to) in titles.items():
-        series: list[Series] = []
-        for kind, setting in found.matched.items():
-            each: Comparison1D | None = getattr(found.geometry[kind, setting], name)
-            if each is not None and each.summary.n:
-                counts = each.summary.histogram[BINS_FROM:]
-                low = sum(each.summary.histogram[:BINS_FROM])
-                shares = [(c + (low if i == 0 else 0)) / each.summary.n for i, c in enumerate(counts)]
-                edges = tuple(HISTOGRAM_EDGES[BINS_FROM:].tolist())
-                series.append(Series(kind, edges, tuple(shares), group=kind))
+        series = [
+            Series(kind, edges, tuple(count / one.n for count in one.histogram[start:]), group=kind)
+            for kind, one in shown[name]
+        ]
         if series:
             charts.append(
                 Chart(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.comparison.compare import compare
 from e2e_sae_plugin.comparison.inputs import evaluation_tokens, load_model_of
-from e2e_sae_plugin.comparison.report import write_comparison
+from e2e_sae_plugin.comparison.report import write_report_of
 from e2e_sae_plugin.comparison.subjects import Subject, check_finite, check_same_model, load_subjects
 from e2e_sae_plugin.config import MODEL_CLASSES
 from e2e_sae_plugin.evaluation.evaluate import common_place, evaluate
@@ -58,6 +58,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     )  # fmt: skip
     print(found)
     if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         found.save(args.output)
 
 
@@ -82,7 +83,7 @@ def compare_command(argv: Sequence[str]) -> None:
         subjects, model, tokens, cache=args.output, n_cards=args.cards, n_exact=args.exact, hook_name=args.hook,
         batch_size_prompts=args.batch_prompts, progress=True,
     )  # fmt: skip
-    written = write_comparison(found, args.output, args.title)
+    written = write_report_of(found, args.output, args.title)
     for each in found.findings:
         if each.verdict != "cannot be told":
             print(f"{each.title}: {each.verdict}")

@@ -19,9 +19,17 @@ from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import fingerprint
 from e2e_sae_plugin.comparison.dictionaries import Geometry, geometry_of
 from e2e_sae_plugin.comparison.findings import Finding, all_findings
-from e2e_sae_plugin.comparison.subjects import LOCAL, Subject, check_finite, check_same_model, ordered_kinds, subject
+from e2e_sae_plugin.comparison.subjects import (
+    LOCAL,
+    Subject,
+    check_different,
+    check_finite,
+    check_same_model,
+    ordered_kinds,
+    subject,
+)
 from e2e_sae_plugin.evaluation.cards import feature_cards
-from e2e_sae_plugin.evaluation.evaluate import common_place, evaluate_many
+from e2e_sae_plugin.evaluation.evaluate import check_tokens, common_place, evaluate_many, measured_form
 from e2e_sae_plugin.evaluation.feature_card import FeatureCard
 from e2e_sae_plugin.evaluation.importance import FeatureImportance, feature_importance
 from e2e_sae_plugin.evaluation.place import Place, splice_at
@@ -85,7 +93,7 @@ def compare(
         progress: show a bar.
 
     Raises:
-        ValueError: what `evaluate_many` refuses; SAEs of different models; two that are the same; weights that are not
+        ValueError: what `evaluate_many` refuses; SAEs of different models; one SAE twice in a kind; weights that are not
             finite; a name in `cards_for` that is none of theirs.
     """
     if isinstance(saes, Mapping):
@@ -96,6 +104,7 @@ def compare(
         raise ValueError("There is no SAE to compare.")
     check_same_model(subjects)
     check_finite(subjects)
+    check_different(subjects)
     if unknown := set(cards_for or ()) - {each.name for each in subjects}:
         raise ValueError(
             f"cards_for names {sorted(unknown)}, which are not among the SAEs {[s.name for s in subjects]}."
@@ -103,8 +112,9 @@ def compare(
     groups = _grouped(subjects)
     by_name = {each.name: each.sae for each in subjects}
     place = common_place(by_name, model, hook_name)
+    check_tokens(tokens, splice_at(model, place, list(by_name.values()), list(by_name)).vocabulary)
     settings = {"batch_size_prompts": batch_size_prompts, "hook_name": hook_name, "seed": seed, "progress": progress}
-    evaluations = _evaluations(by_name, model, tokens, settings, cache)
+    evaluations = _evaluations(by_name, model, tokens, settings, cache, place)
     matched = _matched_by_ce(groups, evaluations)
     geometry: dict[tuple[str, str], Geometry] = {}
     for key, group in groups.items():
@@ -132,7 +142,12 @@ def compare(
 
 
 def _evaluations(
-    saes: Mapping[str, SAE[Any]], model: Any, tokens: Tensor, settings: dict[str, Any], cache: Path | None
+    saes: Mapping[str, SAE[Any]],
+    model: Any,
+    tokens: Tensor,
+    settings: dict[str, Any],
+    cache: Path | None,
+    place: Place,
 ) -> dict[str, Evaluation]:
     if cache is None:
         return evaluate_many(saes, model, tokens, **settings)
@@ -140,16 +155,14 @@ def _evaluations(
     wrapped = model.model if type(model).__name__ == "HookedProxyLM" else model
     common = {
         "format": FORMAT,
-        "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "tokens": hashlib.sha256(tokens.cpu().long().contiguous().numpy().tobytes()).hexdigest(),
+        "shape": list(tokens.shape),
         "model": fingerprint(wrapped),
-        "hook_name": settings["hook_name"],
+        "place": str(place),
         "seed": settings["seed"],
     }
-    keys = {
-        name: {**common, "sae": fingerprint(sae), "cfg": sae.cfg.to_dict()["architecture"]}
-        for name, sae in saes.items()
-    }
-    found = {name: each for name in saes if (each := _cached(folder / f"{_stem(name)}.json", keys[name], name))}
+    keys = {name: {**common, "sae": fingerprint(sae), "cfg": _computed(sae)} for name, sae in saes.items()}
+    found = {name: each for name in saes if (each := _cached(folder / f"{file_stem(name)}.json", keys[name], name))}
     missing = {name: sae for name, sae in saes.items() if name not in found}
     if found:
         logger.info("%d of %d evaluations are those in %s.", len(found), len(saes), folder)
@@ -160,7 +173,7 @@ def _evaluations(
             found[name] = each
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"key": keys[name], "evaluation": each.to_dict()}, allow_nan=False)
-            write_whole(folder / f"{_stem(name)}.json", text + "\n")
+            write_whole(folder / f"{file_stem(name)}.json", text + "\n")
     return {name: found[name] for name in saes}
 
 
@@ -168,11 +181,17 @@ def _cached(path: Path, key: dict[str, Any], name: str) -> Evaluation | None:
     try:
         content = json.loads(path.read_text())
         return Evaluation.from_dict({**content["evaluation"], "name": name}) if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _stem(name: str) -> str:
+def _computed(sae: SAE[Any]) -> dict[str, Any]:
+    """What decides, besides weights, what an SAE computes: its config, as JSON gives it back."""
+    entries = {name: value for name, value in sae.cfg.to_dict().items() if name not in ("metadata", "device")}
+    return json.loads(json.dumps(entries, default=str))
+
+
+def file_stem(name: str) -> str:
     """A file name for any name: what is no letter or digit becomes -, with a few digits that tell such names apart."""
     plain = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".")
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -194,17 +213,17 @@ def _grouped(subjects: Sequence[Subject]) -> dict[tuple[str, str], tuple[Subject
     return groups
 
 
-def _mean_increase(group: Sequence[Subject], evaluations: Mapping[str, Evaluation]) -> float:
-    """Geometric mean over seeds."""
-    values = [max(evaluations[each.name].value("ce_loss_increase"), 1e-9) for each in group]
-    return math.exp(sum(map(math.log, values)) / len(values))
+def mean_increase(group: Sequence[Subject], evaluations: Mapping[str, Evaluation]) -> float:
+    """Mean over seeds, and above 0, where it has a logarithm: an SAE can be so good that it costs nothing measurable."""
+    values = [evaluations[each.name].value("ce_loss_increase") for each in group]
+    return max(sum(values) / len(values), 1e-9)
 
 
 def _matched_by_ce(
     groups: Mapping[tuple[str, str], Sequence[Subject]], evaluations: Mapping[str, Evaluation]
 ) -> dict[str, str]:
     """For each kind the setting nearest to the middle of what all kinds reach."""
-    increases = {key: _mean_increase(group, evaluations) for key, group in groups.items()}
+    increases = {key: mean_increase(group, evaluations) for key, group in groups.items()}
     kinds = list(dict.fromkeys(kind for kind, _ in groups))
     ranges = [[value for (kind, _), value in increases.items() if kind == each] for each in kinds]
     low, high = max(map(min, ranges)), min(map(max, ranges))
@@ -224,9 +243,9 @@ def _nearest_local(
     evaluations: Mapping[str, Evaluation],
 ) -> tuple[Subject, ...]:
     """The local SAEs of the most similar CE loss increase."""
-    own = math.log(_mean_increase(group, evaluations))
+    own = math.log(mean_increase(group, evaluations))
     local = [each for (kind, _), each in groups.items() if kind == LOCAL]
-    return min(local, key=lambda each: abs(math.log(_mean_increase(each, evaluations)) - own), default=())
+    return min(local, key=lambda each: abs(math.log(mean_increase(each, evaluations)) - own), default=())
 
 
 # Features.
@@ -251,6 +270,9 @@ def _look_at_features(
     say: Callable[..., None] = logger.info if progress else logger.debug
     spliced = splice_at(model, place, [each.sae for each in subjects], [each.name for each in subjects])
     few = tokens[: max(1, card_tokens // tokens.shape[1])]
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        logger.warning("The model has no tokenizer, so there are no feature cards.")
     common: dict[str, Any] = {
         "batch_size_prompts": batch_size_prompts,
         "seqpos_slice": place.seqpos_slice,
@@ -259,14 +281,13 @@ def _look_at_features(
     }
     for each in subjects:
         say("Looking at the features of %s.", each.name)
-        found = feature_importance(each.sae, spliced, few, exact=n_exact, seed=seed, **common)
+        sae = measured_form(each.name, each.sae)
+        found = feature_importance(sae, spliced, few, exact=n_exact, seed=seed, **common)
         importance[each.name] = found
-        tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
-            logger.warning("The model has no tokenizer, so there are no feature cards.")
-            return importance, {}
+            continue
         with torch.no_grad():
             firing = [i for i in found.ranked(n_cards) if float(found.density[i]) > 0]
-            shown = feature_cards(each.sae, spliced, few, firing, found, tokenizer=tokenizer, **common)
+            shown = feature_cards(sae, spliced, few, firing, found, tokenizer=tokenizer, **common)
         cards[each.name] = tuple(shown)
     return importance, cards

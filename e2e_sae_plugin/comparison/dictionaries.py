@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.comparison.subjects import LOCAL, Subject
 from e2e_sae_plugin.evaluation.bimodality import Bimodality, bimodality
-from e2e_sae_plugin.evaluation.geometry import CosineSummary, compare_dictionaries, match_features
+from e2e_sae_plugin.evaluation.geometry import CosineSummary, compare_dictionaries, match_features, nearest_cosines
 from e2e_sae_plugin.evaluation.result import Evaluation
 
 
@@ -51,7 +51,7 @@ def geometry_of(group: Sequence[Subject], local: Sequence[Subject], evaluations:
         evaluations: of all of them, which say what is alive.
 
     Raises:
-        ValueError: two SAEs of the group are the same SAE, so there is only one seed to compare.
+        ValueError: two SAEs of the group have the same directions, so there is only one seed to compare.
     """
     directions = {each.name: alive_directions(each, evaluations[each.name]) for each in (*group, *local)}
     within = [compare_dictionaries(directions[each.name]) for each in group]
@@ -59,13 +59,20 @@ def geometry_of(group: Sequence[Subject], local: Sequence[Subject], evaluations:
     types = [(a.name, b.name) for a in group for b in local if a.kind != LOCAL]
     return Geometry(
         within=Comparison1D(_pooled(within), None, None, tuple((each.name, each.name) for each in group)),
-        cross_seed=_across(seeds, directions) if seeds else None,
-        cross_type=_across(types, directions) if types else None,
+        cross_seed=_across(seeds, directions, compare_dictionaries) if seeds else None,
+        cross_type=_across(types, directions, _nearest) if types else None,
     )
 
 
-def _across(pairs: Sequence[tuple[str, str]], directions: dict[str, Tensor]) -> Comparison1D:
-    summaries = [compare_dictionaries(directions[first], directions[second]) for first, second in pairs]
+def _nearest(first: Tensor, second: Tensor) -> CosineSummary:
+    """Equal dictionaries too: an SAE fine-tuned with its decoder frozen is one of another kind."""
+    return CosineSummary.of(nearest_cosines(first, second).cosine.cpu())
+
+
+def _across(
+    pairs: Sequence[tuple[str, str]], directions: dict[str, Tensor], compare: Callable[[Tensor, Tensor], CosineSummary]
+) -> Comparison1D:
+    summaries = [compare(directions[first], directions[second]) for first, second in pairs]
     matched = [match_features(directions[first], directions[second]).cosine for first, second in pairs]
     together = torch.cat(matched) if matched else torch.zeros(0)
     pooled = _pooled(summaries)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from e2e_sae_plugin.comparison.dictionaries import Geometry
+from e2e_sae_plugin.comparison.dictionaries import Comparison1D, Geometry
 from e2e_sae_plugin.comparison.pareto import Curve, Ratio, ratio_at_equal
 from e2e_sae_plugin.comparison.subjects import LOCAL, Subject
 from e2e_sae_plugin.evaluation.estimate import Estimate
@@ -167,8 +167,8 @@ def geometry_finding(geometry: Mapping[str, Geometry]) -> Finding:
     )
 
 
-def _mean(comparison: object) -> Estimate | None:
-    return None if comparison is None else comparison.summary.mean  # pyright: ignore[reportAttributeAccessIssue]
+def _mean(comparison: Comparison1D | None) -> Estimate | None:
+    return None if comparison is None else comparison.summary.mean
 
 
 def _verdict(holds: Sequence[bool | None]) -> Verdict:
@@ -192,7 +192,7 @@ def _less(first: Estimate | None, second: Estimate | None) -> bool | None:
 
 def _ratio_text(found: Ratio | None, x: str) -> str:
     if found is None:
-        return "cannot be told (the curves do not overlap, or a kind is missing)"
+        return f"cannot be told (no common range of {x})"
     low, high = found.x_range
     form = "{:.0f} to {:.0f}" if x == "L0" else "{:.3f} to {:.3f}"
     text = f"{found.estimate.value:.3f} [{found.estimate.low:.3f}, {found.estimate.high:.3f}]"

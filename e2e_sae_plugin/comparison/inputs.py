@@ -65,17 +65,25 @@ def evaluation_tokens(
         streaming: stream the dataset instead of fetching it.
 
     Raises:
-        ValueError: no dataset is known, or it has no sequence.
+        ValueError: no dataset is known, it has no sequence, or sequences of that size cannot be.
     """
     metadata = sae.cfg.metadata
     if metadata.model_name == BUNDLED and dataset is None:
         dataset = BUNDLED
     dataset = dataset or metadata.dataset_path
-    context = context_size or metadata.context_size or DEFAULT_CONTEXT
+    context = (metadata.context_size or DEFAULT_CONTEXT) if context_size is None else context_size
+    if context < 2:
+        raise ValueError(f"context_size (--context-size) must be at least 2, got {context}.")
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if isinstance(longest, int) and context > longest:
+        raise ValueError(
+            f"context_size={context} is longer than the model's context of {longest} tokens. Give a smaller one "
+            "(--context-size)."
+        )
     n_prompts = max(1, n_tokens // context)
     if not dataset:
         raise ValueError("The SAE's metadata name no dataset. Give dataset (--dataset).")
-    if metadata.model_name == BUNDLED and (dataset == BUNDLED or (not context_size and "/" not in dataset)):
+    if dataset == BUNDLED:
         return demo_tokens("evaluation", context)[:n_prompts]
     with quiet_override_warning(True):
         store = ActivationsStore(

@@ -25,10 +25,10 @@ def dominated(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 @dataclass(frozen=True)
 class Curve:
-    """One seed's SAEs of one kind, from sparse to dense: what they reach against what it costs.
+    """One seed's SAEs of one kind, in any order: what they reach against what it costs.
 
     Args:
-        x: `[points]` or, with bootstrap resamples behind the values themselves, `[points, 1 + n_resamples]`.
+        x: `[points, 1 + n_resamples]`: the values themselves, then those of bootstrap resamples, where there are any.
         y: the same.
     """
 
@@ -38,10 +38,10 @@ class Curve:
     def at(self, x: Tensor) -> Tensor:
         """Interpolated `log y` at `log x` (`[grid]`), linear between neighbouring points in both logarithms;
         `[grid, 1 + n_resamples]`, nan outside of the curve."""
-        log_x, log_y = self.x.clamp_min(1e-12).log(), self.y.clamp_min(1e-12).log()
+        log_x, log_y = _log(self.x), _log(self.y)
         order = log_x.argsort(0)
         log_x, log_y = log_x.gather(0, order), log_y.gather(0, order)
-        result = torch.full((len(x), log_x.shape[1]), float("nan"), dtype=log_x.dtype)
+        result = torch.full((len(x), log_x.shape[1]), float("nan"), dtype=torch.float64)
         for i in range(len(log_x) - 1):
             inside = (x[:, None] >= log_x[i]) & (x[:, None] <= log_x[i + 1])
             width = (log_x[i + 1] - log_x[i]).clamp_min(1e-12)
@@ -52,8 +52,18 @@ class Curve:
     @property
     def range(self) -> tuple[float, float]:
         """Of `log x`, at the values themselves."""
-        log_x = self.x[:, 0].clamp_min(1e-12).log()
+        log_x = _log(self.x)[:, 0]
         return float(log_x.min()), float(log_x.max())
+
+    def positive(self) -> Curve:
+        """Without the points that have no logarithm: of a dead SAE, or of one that costs the model nothing measurable."""
+        kept = (self.x[:, 0] > 0) & (self.y[:, 0] > 0)
+        return Curve(self.x[kept], self.y[kept])
+
+
+def _log(values: Tensor) -> Tensor:
+    """Of positive values; a resample of them that is not counts as next to nothing, which widens the interval."""
+    return values.double().clamp_min(1e-12).log()
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,10 @@ def ratio_at_equal(first: Sequence[Curve], second: Sequence[Curve]) -> Ratio | N
         second: the curves to compare with; the n-th with the n-th of `first`, or with the last where there are fewer.
 
     Returns:
-        None where the curves have no common range, or a curve has fewer than two points.
+        None where the curves have no common range, or a curve has fewer than two points. Points that are not above 0 in
+        both coordinates have no logarithm and are left out.
     """
+    first, second = [each.positive() for each in first], [each.positive() for each in second]
     curves = [*first, *second]
     if not first or not second or any(len(curve.x) < 2 for curve in curves):
         return None

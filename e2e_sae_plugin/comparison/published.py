@@ -41,10 +41,21 @@ def published_saes() -> list[PublishedSAE]:
     ]
 
 
+def published_l2_ratios_at(model_name: str | None, hook_name: str) -> dict[str, tuple[float, float]]:
+    """Kind -> the paper's L2 ratio at position 0 and later (table 5); empty for what the paper has not trained on."""
+    rows = _at(model_name, hook_name, published()["l2_ratios"])
+    return {row["kind"]: (row["position_0"], row["later"]) for row in rows}
+
+
 def published_at(model_name: str | None, hook_name: str) -> list[PublishedSAE]:
     """The rows of a model and hook, each run once; none for what the paper has not trained on."""
+    layers = {row["layer"] for row in _at(model_name, hook_name, published()["saes"])}
+    rows = [row for row in published_saes() if row.layer in layers]
+    return list({(row.kind, row.l0, row.ce_loss_increase): row for row in rows}.values())
+
+
+def _at(model_name: str | None, hook_name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     data = published()
     if not model_name or not same_model_name(model_name, data["model_name"]):
         return []
-    rows = [row for row in published_saes() if data["hook_name"].format(layer=row.layer) == hook_name]
-    return list({(row.kind, row.l0, row.ce_loss_increase): row for row in rows}.values())
+    return [row for row in rows if data["hook_name"].format(layer=row["layer"]) == hook_name]

@@ -11,11 +11,10 @@ from e2e_sae_plugin.comparison.charts import (
     layer_charts,
     pareto_charts,
     ratio_chart,
-    short_hook,
 )
-from e2e_sae_plugin.comparison.compare import Comparison
+from e2e_sae_plugin.comparison.compare import Comparison, file_stem, mean_increase
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D
-from e2e_sae_plugin.comparison.findings import ratio
+from e2e_sae_plugin.comparison.findings import E2E, E2E_DS, ratio
 from e2e_sae_plugin.comparison.published import PublishedSAE, published, published_at
 from e2e_sae_plugin.comparison.subjects import LOCAL, ordered_kinds
 from e2e_sae_plugin.report import CardGroup, Report, Section, SummaryLine, Table, write_report
@@ -24,11 +23,11 @@ from e2e_sae_plugin.report.table import Cell
 STATUS = {"confirmed": "ok", "not confirmed": "not", "cannot be told": "unclear"}
 
 
-def write_comparison(found: Comparison, folder: Path, title: str = "SAEs compared") -> dict[str, Path]:
+def write_report_of(found: Comparison, folder: Path, title: str = "SAEs compared") -> dict[str, Path]:
     """Write `report.html`, `report.md`, `tables/*.csv` and `figures/*` of a comparison; the paths by name."""
     written = write_report(comparison_report(found, title), folder)
     for name, importance in found.importance.items():
-        path = folder / "importance" / f"{name.replace('/', '-').replace(':', '-')}.csv"
+        path = folder / "importance" / f"{file_stem(name)}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         importance.write_csv(path)
         written[f"importance/{path.name}"] = path
@@ -42,15 +41,16 @@ def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report
     paper = published_at(found.subjects[0].sae.cfg.metadata.model_name, found.place.hook_name)
     kinds = ordered_kinds(found.subjects)
     several = len(found.subjects) > 1
-    summary = [
-        SummaryLine(f"{each.title}: {each.verdict}. {each.claim}", STATUS[each.verdict])  # pyright: ignore[reportArgumentType]
-        for each in found.findings
-        if len(kinds) > 1 and each.verdict != "cannot be told"
-    ]
     sections = [_overview(found, paper), _pathways(found), _features_section(found)]
     if several:
         sections.insert(2, _geometry(found))
-    if len(kinds) > 1:
+    # The findings are about the paper's kinds: of others, such as before and after, there is nothing to say.
+    findings = found.findings if len({LOCAL, E2E, E2E_DS} & set(kinds)) > 1 else ()
+    summary = [
+        SummaryLine(f"{each.title}: {each.verdict}. {each.claim}", STATUS[each.verdict])  # pyright: ignore[reportArgumentType]
+        for each in findings
+    ]
+    if findings:
         sections.insert(0, _findings(found))
     return Report(
         title=title,
@@ -71,55 +71,23 @@ def _findings(found: Comparison) -> Section:
         for each in found.findings
         for evidence in each.evidence
     )
-    text = "\n\n".join(f"{each.title}. {each.claim} Verdict: {each.verdict}." for each in found.findings)
     table = Table(
         "findings",
-        "The paper's findings",
+        "What they rest on",
         "",
         ("finding", "verdict", "what was measured", "value [95 % interval]"),
         rows,
     )
     return Section(
-        "The paper's three findings",
+        "The paper's findings",
         "What Braun et al. 2024 found on GPT2-small, put to the test on these SAEs. Ratios are geometric means along curves "
-        "that are interpolated in logarithms, over the range that all curves cover.\n\n" + text,
+        "that are interpolated in logarithms, over the range that all curves cover.",
         tables=(table,),
     )
 
 
 def _overview(found: Comparison, paper: Sequence[PublishedSAE]) -> Section:
-    metrics = {
-        "CE loss increase": ("ce_loss_increase", "{:+.4f}"),
-        "KL": ("kl", "{:.4f}"),
-        "L0": ("l0", "{:.1f}"),
-        "CE recovered (zero)": ("ce_loss_recovered_zero", "{:.4f}"),
-        "CE recovered (mean)": ("ce_loss_recovered_mean", "{:.4f}"),
-        "top-1 agreement": ("top1_agreement", "{:.3f}"),
-        "statistical distance": ("statistical_distance", "{:.3f}"),
-        "explained variance": ("explained_variance", "{:.3f}"),
-        "explained variance per token": ("explained_variance_per_token", "{:.3f}"),
-    }
-    rows = []
-    for kind in ordered_kinds(found.subjects):
-        for each in found.subjects:
-            if each.kind != kind:
-                continue
-            evaluation = found.evaluations[each.name]
-            values = [evaluation.metrics.get(name) for name, _ in metrics.values()]
-            quantiles = evaluation.l0_quantiles((0.05, 0.5, 0.95))
-            rows.append(
-                (
-                    each.name,
-                    kind,
-                    *values[:3],
-                    "/".join(str(q) for q in quantiles.values()),
-                    evaluation.n_alive,
-                    *values[3:],
-                )
-            )
-    names = list(metrics)
-    columns = ("SAE", "kind", *names[:3], "L0 5/50/95 %", "alive", *names[3:])
-    tables = [Table("saes", "Every SAE", "", columns, tuple(rows), {name: form for name, (_, form) in metrics.items()})]
+    tables = list(_sae_tables(found))
     if ratios := _ratio_rows(found):
         tables.append(
             Table(
@@ -134,6 +102,7 @@ def _overview(found: Comparison, paper: Sequence[PublishedSAE]) -> Section:
                     "range of CE",
                 ),
                 ratios,
+                {"CE loss increase at equal L0": "{:.3f}", "alive features at equal CE": "{:.3f}"},
             )
         )
     if paper:
@@ -147,7 +116,54 @@ def _overview(found: Comparison, paper: Sequence[PublishedSAE]) -> Section:
             )
         )
     charts = pareto_charts(found, paper) if len(found.subjects) > 1 or paper else ()
-    return Section("How much of the model each keeps", charts=(*charts, alive_chart(found)), tables=tuple(tables))
+    return Section("How much each keeps", charts=(*charts, alive_chart(found)), tables=tuple(tables))
+
+
+def _sae_tables(found: Comparison) -> tuple[Table, Table]:
+    """Two, as the columns of one would not fit a laptop."""
+    costs = {
+        "CE loss increase": ("ce_loss_increase", "{:+.4f}"),
+        "KL": ("kl", "{:.4f}"),
+        "L0": ("l0", "{:.1f}"),
+    }
+    others = {
+        "recovered (zero)": ("ce_loss_recovered_zero", "{:.3f}"),
+        "recovered (mean)": ("ce_loss_recovered_mean", "{:.3f}"),
+        "top-1": ("top1_agreement", "{:.3f}"),
+        "distance": ("statistical_distance", "{:.3f}"),
+        "variance": ("explained_variance", "{:.3f}"),
+        "by token": ("explained_variance_per_token", "{:.3f}"),
+    }
+    rows: list[tuple[Cell, ...]] = []
+    other_rows: list[tuple[Cell, ...]] = []
+    for kind in ordered_kinds(found.subjects):
+        for each in found.subjects:
+            if each.kind != kind:
+                continue
+            evaluation = found.evaluations[each.name]
+            values = [[evaluation.metrics.get(name) for name, _ in part.values()] for part in (costs, others)]
+            quantiles = evaluation.l0_quantiles((0.05, 0.5, 0.95)).values()
+            rows.append((each.name, kind, *values[0], "/".join(map(str, quantiles)), evaluation.n_alive))
+            other_rows.append((each.name, *values[1]))
+    return (
+        Table(
+            "saes",
+            "Every SAE",
+            "L0 also as the 5 %, 50 % and 95 % quantiles over tokens; alive: features that fire at least once.",
+            ("SAE", "kind", *costs, "L0 5/50/95 %", "alive"),
+            tuple(rows),
+            {name: form for name, (_, form) in costs.items()},
+        ),
+        Table(
+            "agreement",
+            "Every SAE, by other measures",
+            "CE loss recovered over zero and over mean ablation; agreement of the most likely token; statistical distance "
+            "of the predictions; explained variance as a ratio of means, and as the mean over tokens of ratios.",
+            ("SAE", *others),
+            tuple(other_rows),
+            {name: form for name, (_, form) in others.items()},
+        ),
+    )
 
 
 def _ratio_rows(found: Comparison) -> tuple[tuple[Cell, ...], ...]:
@@ -171,24 +187,54 @@ def _ratio_rows(found: Comparison) -> tuple[tuple[Cell, ...], ...]:
 
 
 def _pathways(found: Comparison) -> Section:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
+    token_rows: list[tuple[Cell, ...]] = []
+    length_rows: list[tuple[Cell, ...]] = []
     for kind, setting in found.matched.items():
         for each in found.groups[kind, setting]:
             evaluation = found.evaluations[each.name]
             for hook, layer in evaluation.layers.items():
-                rows.append((each.name, kind, short_hook(hook), *vars(layer).values()))
-            ratios = [evaluation.metrics.get(f"l2_ratio_{where}") for where in ("position_0", "later")]
-            rows[-len(evaluation.layers)] += tuple(ratios)
-            for i in range(1, len(evaluation.layers)):
-                rows[i - len(evaluation.layers)] += (None, None)
-    columns = (
-        "SAE", "kind", "hook", "MSE", "explained variance", "explained variance per token",
-        "after LayerNorm", "after LayerNorm, per token", "L2 ratio at position 0", "L2 ratio later",
-    )  # fmt: skip
-    table = Table("layers", "By layer", "", columns, tuple(rows))
-    matched = ", ".join(f"{kind} at {setting}" for kind, setting in found.matched.items())
-    text = f"The SAEs whose CE loss increase is most alike: {matched}." if len(found.matched) > 1 else ""
-    return Section("By the same pathway?", text, charts=(*layer_charts(found), ratio_chart(found)), tables=(table,))
+                rows.append(
+                    (each.name, kind, hook, layer.mse, layer.explained_variance, layer.layernorm_explained_variance)
+                )
+                per_token = layer.explained_variance_per_token, layer.layernorm_explained_variance_per_token
+                token_rows.append((each.name, kind, hook, *per_token))
+            lengths = (evaluation.metrics.get(f"l2_ratio_{where}") for where in ("position_0", "later"))
+            length_rows.append((each.name, kind, *lengths))
+    variance, normalised = "explained variance", "after LayerNorm"
+    forms = {variance: "{:.3f}", normalised: "{:.3f}"}
+    tables = (
+        Table(
+            "layers",
+            "By layer",
+            "Explained variance is 1 - mean squared error / variance.",
+            ("SAE", "kind", "hook", "MSE", variance, normalised),
+            tuple(rows),
+            forms,
+        ),
+        Table(
+            "layers_per_token",
+            "Explained variance by layer, per token",
+            "Mean over tokens of 1 - squared error / squared distance from the mean, as in the paper's figure 12.",
+            ("SAE", "kind", "hook", variance, normalised),
+            tuple(token_rows),
+            forms,
+        ),
+        Table(
+            "l2_ratios",
+            "Length of the reconstruction",
+            "",
+            ("SAE", "kind", "L2 ratio at position 0", "L2 ratio later"),
+            tuple(length_rows),
+            {"L2 ratio at position 0": "{:.3f}", "L2 ratio later": "{:.3f}"},
+        ),
+    )
+    matched = ", ".join(
+        f"{kind} {setting} ({mean_increase(found.groups[kind, setting], found.evaluations):.3g} nats)"
+        for kind, setting in found.matched.items()
+    )
+    text = f"Shown are the SAEs whose CE loss increases are most alike: {matched}." if len(found.matched) > 1 else ""
+    return Section("By the same pathway?", text, charts=(*layer_charts(found), ratio_chart(found)), tables=tables)
 
 
 def _geometry(found: Comparison) -> Section:
@@ -210,26 +256,29 @@ def _geometry(found: Comparison) -> Section:
                     each.summary.share_near,
                     each.matched_cosine,
                     None if test is None else test.p_value,
-                    "" if test is None or not test.is_bimodal else " and ".join(f"{m:.2f}" for m in test.modes),
+                    "" if test is None or not test.is_bimodal else ", ".join(f"{m:.2f}" for m in test.modes),
                 )
             )
     columns = (
-        "kind", "setting", "nearest neighbours", "features", "mean cosine", "median", "share above 0.9",
-        "mean of one-to-one matching", "p (one mode)", "modes",
+        "kind", "setting", "neighbours", "features", "mean cosine", "median", "> 0.9", "matched", "p", "modes",
     )  # fmt: skip
+    forms = dict.fromkeys(("mean cosine", "median", "> 0.9", "matched", "p"), "{:.3f}")
+    caption = (
+        "Cosines of nearest neighbours; > 0.9: share of features with one that near; matched: mean cosine of the best "
+        "one-to-one matching; p: of Hartigan's dip test against one mode, and where the modes lie if it rejects that."
+    )
     return Section(
-        "Do they find the same features?",
-        "Cosine similarities of decoder directions of alive features. The modes are given where Hartigan's dip test rejects "
-        "a single one (p < 0.05).",
+        "The same features?",
+        "Cosine similarities of decoder directions of alive features. Here, intervals are of a bootstrap over features.",
         charts=cosine_charts(found),
-        tables=(Table("geometry", "Geometry of the dictionaries", "", columns, tuple(rows)),),
+        tables=(Table("geometry", "Geometry of the dictionaries", caption, columns, tuple(rows), forms),),
     )
 
 
 def _features_section(found: Comparison) -> Section:
     groups = tuple(CardGroup(name, cards) for name, cards in found.cards.items() if cards)
     return Section(
-        "The most important features",
+        "Most important features",
         "Importance is the KL that ablating the feature causes, in nats per token over all tokens. The ranking of all "
         "features is in importance/.",
         card_groups=groups,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 
+from e2e_sae_plugin.checkpoint.identity import fingerprint
 from e2e_sae_plugin.finetune.checks import same_model_name
-from e2e_sae_plugin.finetune.start import load_sae
+from e2e_sae_plugin.finetune.start import load_sae, same_weights
 
 LOCAL = "local"
 KIND_ORDER = (LOCAL, "e2e", "e2e+ds")
@@ -69,18 +71,18 @@ def load_subjects(sources: Sequence[str], device: str = "cpu") -> list[Subject]:
 
     Args:
         sources: `PATH`, `RELEASE:SAE_ID` or `OWNER/REPOSITORY:SAE_ID`; with a label before it where wanted, `LABEL=...`,
-            which then is the SAE's kind and name.
+            which then is the SAE's kind and name (of a folder of several: the kind, and the start of their names).
         device: where to put them.
 
     Raises:
-        ValueError: there is no SAE, or two have the same name.
+        ValueError: there is no SAE.
     """
     found: dict[str, Subject] = {}
     for source in sources:
-        label, sign, rest = source.partition("=")
-        label, place = (label, rest) if sign and "/" not in label else (None, source)
-        for name, sae in _load(place, device):
-            chosen = name if label is None else label
+        label, place = _label(source)
+        loaded = _load(place, device)
+        for name, sae in loaded:
+            chosen = name if label is None else label if len(loaded) == 1 else f"{label}/{name}"
             while chosen in found:
                 chosen += "'"
             found[chosen] = subject(chosen, sae, label)
@@ -89,20 +91,33 @@ def load_subjects(sources: Sequence[str], device: str = "cpu") -> list[Subject]:
     return list(found.values())
 
 
+def _label(source: str) -> tuple[str | None, str]:
+    """The label, or None, and what it stands before. A folder may be called lr=0.1."""
+    label, sign, place = source.partition("=")
+    return (label, place) if label and sign and "/" not in label and not Path(source).is_dir() else (None, source)
+
+
 def _load(place: str, device: str) -> list[tuple[str, SAE[Any]]]:
     path = Path(place)
     if path.is_dir():
         folders = [path] if (path / "cfg.json").is_file() else sorted(f.parent for f in path.glob("*/cfg.json"))
         if not folders:
             raise ValueError(f"The folder {place!r} holds no SAE: neither it nor a folder in it has a cfg.json.")
-        return [(folder.name, load_sae(folder, device=device)) for folder in folders]
+        return [(folder.resolve().name, load_sae(folder, device=device)) for folder in folders]
     release, sign, sae_id = place.partition(":")
     if not sign:
         raise ValueError(
             f"There is no folder {place!r}. Expected a folder, or RELEASE:SAE_ID for one of SAELens's releases or a Hub "
             "repository."
         )
-    return [(f"{release}:{sae_id}", load_sae(release, sae_id, device=device))]
+    return [(f"{release}:{sae_id}", _quietly(release, sae_id, device))]
+
+
+def _quietly(source: str | Path, sae_id: str | None, device: str) -> SAE[Any]:
+    """Without SAELens's advice to load the model with the metadata's arguments, which `inputs` does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="\nThis SAE has non-empty model_from_pretrained_kwargs")
+        return load_sae(source, sae_id, device=device)
 
 
 def check_same_model(subjects: Sequence[Subject]) -> None:
@@ -111,18 +126,36 @@ def check_same_model(subjects: Sequence[Subject]) -> None:
     Raises:
         ValueError: names two of them and what differs.
     """
-    first = subjects[0]
-    for each in subjects[1:]:
-        names = first.sae.cfg.metadata.model_name, each.sae.cfg.metadata.model_name
-        if all(names) and not same_model_name(*names):
+    # Against the first that says something: an SAE whose metadata are silent must not hide that two others differ.
+    named = [(each.name, name) for each in subjects if (name := each.sae.cfg.metadata.model_name)]
+    for name, model_name in named[1:]:
+        if not same_model_name(named[0][1], model_name):
             raise ValueError(
-                f"{first.name} is an SAE of {names[0]!r} and {each.name} of {names[1]!r}: SAEs of different models cannot "
+                f"{named[0][0]} is an SAE of {named[0][1]!r} and {name} of {model_name!r}: SAEs of different models cannot "
                 "be compared as if equal. Compare those of each model by themselves."
             )
-        prints = first.sae.cfg.metadata.tokenizer_sha256, each.sae.cfg.metadata.tokenizer_sha256
-        if all(prints) and prints[0] != prints[1]:
+    prints = [(each.name, sha256) for each in subjects if (sha256 := each.sae.cfg.metadata.tokenizer_sha256)]
+    for name, sha256 in prints[1:]:
+        if sha256 != prints[0][1]:
             raise ValueError(
-                f"{first.name} and {each.name} were trained with different tokenizers, so they see other text."
+                f"{prints[0][0]} and {name} were trained with different tokenizers, so they see other text. Compare those "
+                "of each tokenizer by themselves."
+            )
+
+
+def check_different(subjects: Sequence[Subject]) -> None:
+    """Refuse one SAE twice in a kind: across its seeds there would be nothing to compare.
+
+    Raises:
+        ValueError: names the two.
+    """
+    seen: dict[tuple[str, str], Subject] = {}
+    for each in subjects:
+        other = seen.setdefault((each.kind, fingerprint(each.sae)), each)
+        if other is not each and same_weights(other.sae, each.sae):
+            raise ValueError(
+                f"{other.name} and {each.name} are one SAE, weight for weight: this would be a cross-seed comparison of one "
+                "seed. Leave one out, or give SAEs of two seeds."
             )
 
 

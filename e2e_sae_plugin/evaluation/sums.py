@@ -20,8 +20,10 @@ def bootstrap_weights(n_sequences: int, n_resamples: int = 1000, seed: int = 0) 
 
 
 def check_confidence(confidence: float) -> None:
-    """Raises:
-    ValueError: `confidence` is not between 0 and 1.
+    """Refuse a level that is no probability.
+
+    Raises:
+        ValueError: `confidence` is not between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}.")

@@ -43,7 +43,7 @@ class SharedCleanPasses:
         """The pass for one SAE; None for tokens that are not of the current batch."""
         if self._batch is None or tokens.untyped_storage().data_ptr() != self._batch.untyped_storage().data_ptr():
             return None
-        part = (tokens.storage_offset(), len(tokens))
+        part = (int(tokens.storage_offset()), len(tokens))
         if part not in self._passes:
             passes = clean_passes(self.models, tokens, hidden=self.hidden)
             self._passes[part] = {one.position.hook_name: clean for one, clean in zip(self.models, passes, strict=True)}

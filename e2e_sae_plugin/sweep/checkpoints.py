@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from e2e_sae_plugin.checkpoint.folder import DamagedCheckpointError, verify_checkpoint
+from e2e_sae_plugin.checkpoint.folder import DamagedCheckpointError, discard, verify_checkpoint
 from e2e_sae_plugin.checkpoint.run_folder import RunFolder
 from e2e_sae_plugin.sweep.member import MemberRunner
 from e2e_sae_plugin.sweep.stream import SharedBatches
+
+logger = logging.getLogger(__name__)
 
 SWEEP_FOLDER = "sweep"
 STATE_FILENAME, TENSORS_FILENAME = "sweep_state.json", "stream.safetensors"
@@ -33,7 +37,8 @@ class SweepCheckpoints:
 
     def of(self, name: str) -> RunFolder:
         """Where one SAE's checkpoints go."""
-        return RunFolder(self.path / name, KEPT)
+        # `write` removes what no checkpoint of a sweep names; counting would take what an older one still does.
+        return RunFolder(self.path / name, sys.maxsize)
 
     def write(self, batches: SharedBatches, training: Mapping[str, MemberRunner], round_number: int) -> Path:
         """Checkpoints of the SAEs that are training, then the sweep's.
@@ -46,8 +51,7 @@ class SweepCheckpoints:
             assert member.trainer is not None
             folder = str(member.trainer.n_training_samples)
             member.trainer.save_checkpoint(folder, kind="rolling")
-            reader = member.trainer.data_provider
-            members[name] = {"checkpoint": folder, "place": reader.place}  # pyright: ignore[reportAttributeAccessIssue]
+            members[name] = {"checkpoint": folder, "place": member.place}
         state, tensors = batches.state()
 
         def fill(folder: Path) -> None:
@@ -55,18 +59,56 @@ class SweepCheckpoints:
             (folder / STATE_FILENAME).write_text(text + "\n")
             save_file({name: value.contiguous() for name, value in tensors.items()}, folder / TENSORS_FILENAME)
 
-        return self.own.write(str(round_number), "rolling", {"n_training_steps": round_number}, fill)
+        written = self.own.write(str(round_number), "rolling", {"n_training_steps": round_number}, fill)
+        named = {(name, entry["checkpoint"]) for _, found in self._of_all_parts() for name, entry in found.items()}
+        for name in training:
+            for path, _ in self.of(name).checkpoints():
+                if (name, path.name) not in named:
+                    discard(path)
+        return written
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint all of whose SAEs' are whole too."""
+    def _of_all_parts(self) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
+        """The checkpoints of every part of the sweep, and the SAEs in them."""
+        for folder in sorted(self.path.glob(f"{SWEEP_FOLDER}*")):
+            for path, _ in RunFolder(folder, KEPT).checkpoints():
+                try:
+                    yield path, self.members(path)
+                except (OSError, ValueError):  # another process has just removed it, it is damaged, or it is an SAE's
+                    continue
+
+    def newest(self, names: Collection[str]) -> Path | None:
+        """The newest whole checkpoint in which those of these SAEs that it holds are whole too.
+
+        Raises:
+            DamagedCheckpointError: there are damaged ones alone.
+        """
+        self.own.clean()
+        damaged: list[str] = []
         for path, _ in self.own.checkpoints():
             try:
                 verify_checkpoint(path)
                 for name, entry in self.members(path).items():
-                    verify_checkpoint(self.path / name / entry["checkpoint"])
-            except DamagedCheckpointError:
+                    if name in names:
+                        verify_checkpoint(self.path / name / entry["checkpoint"])
+            except DamagedCheckpointError as error:
+                damaged.append(f"{path}: {error}")
                 continue
+            for error in damaged:
+                logger.warning("Passed over: %s", error)
             return path
+        if damaged:
+            raise DamagedCheckpointError(
+                "The sweep finds damaged checkpoints alone, and does not start anew over them:\n  "
+                + "\n  ".join(damaged)
+                + "\nMove them away to start anew."
+            )
+        return None
+
+    def of_another_part(self, names: Collection[str]) -> Path | None:
+        """A checkpoint that another part of the sweep has written of one of these SAEs."""
+        for path, found in self._of_all_parts():
+            if path.parent != self.own.path and not found.keys().isdisjoint(names):
+                return path
         return None
 
     def members(self, checkpoint: Path) -> dict[str, dict[str, Any]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from e2e_sae_plugin.config import E2ESAERunnerConfig, require_known_keys
+from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, require_known_keys
 from e2e_sae_plugin.objective import Objective
 
 SPARSITY_FIELD = {
@@ -94,27 +95,40 @@ class SweepConfig:
     checkpoint_path: str | Path | None = "auto"
 
     def __post_init__(self) -> None:
-        base = self.base.to_dict() if isinstance(self.base, E2ESAERunnerConfig) else dict(self.base)
-        for name in ("checkpoint_path", "output_path", "sae_lens_version"):
-            base.pop(name, None)
-        object.__setattr__(self, "base", base)
+        paths = {"output_path": self.output_path}
+        if self.checkpoint_path is not None:
+            paths["checkpoint_path"] = self.checkpoint_path
+        for name, value in paths.items():
+            if not isinstance(value, str | os.PathLike) or value == "":
+                raise ValueError(f"{name} of a sweep must name a folder, got {value!r}.")
         if self.checkpoint_path == "auto":
-            object.__setattr__(self, "checkpoint_path", f"{self.output_path}-checkpoints")
+            object.__setattr__(self, "checkpoint_path", f"{Path(self.output_path)}-checkpoints")
+        object.__setattr__(self, "base", self._checked_base())
         if not self.kinds:
             raise ValueError("A sweep needs at least one kind: an objective with its sparsities.")
         for name, values in (("seeds", self.seeds), ("hook_names", self.hook_names)):
-            if isinstance(values, str) or (values is not None and len(values) != len(set(values))):
+            if values is None:
+                continue
+            if isinstance(values, str) or not isinstance(values, Sequence) or _repeats(values):
                 raise ValueError(f"{name} of a sweep must be a list without repetitions, got {values!r}.")
-            if values is not None and not values:
+            if not values:
                 raise ValueError(f"{name} of a sweep is empty: leave it out for the base's, or name at least one.")
-        self._check_base(base)
         for name, kind in self.kinds.items():
             self._check_kind(name, kind)
+        self.members()  # refuses what the configs refuse
 
-    def _check_base(self, base: dict[str, Any]) -> None:
+    def _checked_base(self) -> dict[str, Any]:
+        """The base as a dict of its own, without what the sweep says for each SAE."""
+        base = self.base.to_dict() if isinstance(self.base, E2ESAERunnerConfig) else dict(self.base)
+        for name in ("checkpoint_path", "output_path", "sae_lens_version"):
+            base.pop(name, None)
         require_known_keys(base, {f.name for f in fields(E2ESAERunnerConfig)}, "base")
-        logger = base.get("logger") or {}
-        if not isinstance(logger, Mapping) or logger.get("log_to_wandb"):
+        base = read_numbers(base, E2ESAERunnerConfig, "base")
+        for name in ("sae", "logger"):
+            if not isinstance(base.get(name) or {}, Mapping):
+                raise ValueError(f"base.{name} must be a mapping, got {base[name]!r}.")
+        base["logger"] = {"log_to_wandb": False, **(base.get("logger") or {})}  # the host's default is True
+        if base["logger"]["log_to_wandb"]:
             raise ValueError(
                 "base.logger.log_to_wandb=True is refused in a sweep: its SAEs would write into one run of Weights & "
                 "Biases. Each of them writes metrics.jsonl into its folder; set log_to_wandb to False."
@@ -123,20 +137,31 @@ class SweepConfig:
             if base.get(name) not in (None, "none"):
                 raise ValueError(f"base.{name}={base[name]!r} is refused in a sweep, which trains new SAEs.")
         for name in ("n_checkpoints", "save_final_checkpoint", "keep_checkpoints"):
-            if base.get(name) not in (None, 0, False, _KEPT_BY_DEFAULT):
+            if base.get(name) not in (None, getattr(E2ESAERunnerConfig, name)):
                 raise ValueError(
                     f"base.{name}={base[name]!r} has no effect in a sweep, whose checkpoints are written for all its SAEs "
                     "at once, by the clock (checkpoint_every_minutes). Leave it out."
                 )
+        every = base.get("checkpoint_every_minutes")
+        if every is not None and (isinstance(every, bool) or not 0 < every < math.inf):
+            raise ValueError(
+                f"base.checkpoint_every_minutes must be a finite number above 0, or None for none, got {every!r}."
+            )
+        return base
 
     def _check_kind(self, name: str, kind: SweepKind) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"The kind {name!r} names folders: expected letters, digits and + - _ . alone.")
+        if isinstance(kind.sparsities, str) or not isinstance(kind.sparsities, Sequence):
+            raise ValueError(f"kinds.{name}.sparsities must be a list, got {kind.sparsities!r}.")
         for value in kind.sparsities:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"kinds.{name}.sparsities must be finite numbers, got {value!r}.")
-        if not kind.sparsities or len(set(kind.sparsities)) < len(kind.sparsities):
+        if not kind.sparsities or _repeats(kind.sparsities):
             raise ValueError(f"kinds.{name}.sparsities must be a list without repetitions, got {kind.sparsities!r}.")
+        require_known_keys(kind.settings, {f.name for f in fields(E2ESAERunnerConfig)}, f"kinds.{name}")
+        if not isinstance(kind.settings.get("sae") or {}, Mapping):
+            raise ValueError(f"kinds.{name}.sae must be a mapping, got {kind.settings['sae']!r}.")
         for key in kind.settings:
             if key not in OWN_FIELDS:
                 raise ValueError(
@@ -147,12 +172,20 @@ class SweepConfig:
     @property
     def checkpoint_every_minutes(self) -> float | None:
         """The base's; default 15."""
-        assert isinstance(self.base, Mapping)
-        return self.base.get("checkpoint_every_minutes", E2ESAERunnerConfig.checkpoint_every_minutes)
+        return self._base.get("checkpoint_every_minutes", E2ESAERunnerConfig.checkpoint_every_minutes)
+
+    @property
+    def verbose(self) -> bool:
+        """The base's; default True."""
+        return self._base.get("verbose", E2ESAERunnerConfig.verbose)
+
+    @property
+    def _base(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.base)  # since `__post_init__`
 
     def members(self) -> dict[str, SweepMember]:
         """The SAEs by name: `<kind>-<sparsity>-seed<seed>`, after the hook where there are several."""
-        base: dict[str, Any] = dict(self.base)  # pyright: ignore[reportArgumentType]
+        base = self._base
         found: dict[str, SweepMember] = {}
         hooks = list(self.hook_names or [base.get("hook_name", "")])
         for seed in self.seeds or [base.get("seed", 42)]:
@@ -216,13 +249,10 @@ class SweepConfig:
             if not isinstance(given, Mapping) or not {"objective", "sparsities"} <= set(given):
                 raise ValueError(f"kinds.{name} must be a mapping with an objective and sparsities, got {given!r}.")
             own = {key: value for key, value in given.items() if key not in ("objective", "sparsities")}
-            if not isinstance(given["sparsities"], list | tuple):
-                raise ValueError(f"kinds.{name}.sparsities must be a list, got {given['sparsities']!r}.")
-            sparsities = tuple(float(v) if isinstance(v, str) and _is_number(v) else v for v in given["sparsities"])
-            objective = given["objective"]
-            if not isinstance(objective, Objective):
-                objective = Objective.from_dict(objective)
-            kinds[str(name)] = SweepKind(objective, sparsities, own)
+            sparsities: Any = given["sparsities"]
+            if isinstance(sparsities, list | tuple):
+                sparsities = tuple(float(v) if isinstance(v, str) and _is_number(v) else v for v in sparsities)
+            kinds[str(name)] = SweepKind(_read_objective(name, given["objective"]), sparsities, own)
         return cls(**{**settings, "kinds": kinds})
 
     @classmethod
@@ -243,7 +273,6 @@ class SweepConfig:
         return cls.from_dict(content)
 
 
-_KEPT_BY_DEFAULT = E2ESAERunnerConfig.keep_checkpoints
 _WHOLE = ("k", "max_iterations")
 
 
@@ -253,3 +282,18 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _repeats(values: Sequence[Any]) -> bool:
+    return any(value in values[:index] for index, value in enumerate(values))
+
+
+def _read_objective(kind: str, given: Any) -> Objective:
+    if isinstance(given, Objective):
+        return given
+    if not isinstance(given, str | Mapping):
+        raise ValueError(f"kinds.{kind}.objective must be a name or a mapping, got {given!r}.")
+    try:
+        return Objective.from_dict(given if isinstance(given, str) else read_numbers(given, Objective, "objective"))
+    except ValueError as error:
+        raise ValueError(f"kinds.{kind}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,15 +33,26 @@ class MemberRunner(E2ESAETrainingRunner):
         model: the language model that all share.
         dataset: the data that all share.
         evaluation_tokens: the held-out sequences that all share; None for no evaluation.
+        checkpoint: the SAE's own, to go on from; None to start anew.
     """
 
-    def __init__(self, member: SweepMember, model: Any, dataset: Any, evaluation_tokens: Tensor | None):
+    def __init__(
+        self,
+        member: SweepMember,
+        model: Any,
+        dataset: Any,
+        evaluation_tokens: Tensor | None,
+        checkpoint: Path | None,
+    ):
         self.member = member
         self.trainer: E2ESAETrainer | None = None
+        self.reader: Reader | None = None
         self.status: Status = "training"
+        config = copy.copy(member.config)
+        config.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         with quiet_override_warning(True):
             super().__init__(
-                member.config,
+                config,
                 override_model=model,
                 override_dataset=dataset,
                 override_evaluation_tokens=evaluation_tokens,
@@ -52,21 +64,38 @@ class MemberRunner(E2ESAETrainingRunner):
         return Path(self.cfg.output_path)
 
     def start(self, reader: Reader, run_folder: RunFolder | None, stop_request: StopRequest) -> E2ESAETrainer:
-        """The trainer, reading from `reader`."""
-        self.tokens = reader  # pyright: ignore[reportAttributeAccessIssue]
+        """The trainer, reading from `reader`, where its checkpoint left it."""
+        self.reader = reader
         self.run_folder = run_folder
         trainer = self._claim_output_and_build_trainer()
         trainer.stop_request = stop_request
+        if self.resumed_from is not None:
+            trainer.load_trainer_state(self.resumed_from)
         (self.output / FAILURE_FILENAME).unlink(missing_ok=True)
         self.trainer = trainer
+        return trainer
+
+    @property
+    def place(self) -> int:
+        """The number of the batch that comes next."""
+        assert self.reader is not None
+        return self.reader.place
+
+    def _build_trainer(self) -> E2ESAETrainer:
+        trainer = super()._build_trainer()
+        assert self.reader is not None
+        trainer.data_provider = self.reader
         return trainer
 
     def attempt(self, action: Callable[[E2ESAETrainer], object]) -> Exception | None:
         """Do something with the trainer; what it raises is this SAE's failure alone, kept beside where it would lie."""
         assert self.trainer is not None
+        assert self.reader is not None
         try:
             action(self.trainer)
         except (Stopped, *WRITE_ERRORS):
+            if self.trainer._batch_is_pending:  # its step was taken back: it comes again
+                self.reader.place -= 1
             raise
         except Exception as error:
             self.status = "failed"

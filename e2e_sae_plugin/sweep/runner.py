@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
 from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import run_identity
 from e2e_sae_plugin.checkpoint.lock import locked
-from e2e_sae_plugin.checkpoint.resume import check_identity
 from e2e_sae_plugin.interruption import StopRequest, run_interrupted, stop_on_signals
 from e2e_sae_plugin.output_folder import holds_another_run, is_finished, output_is_finished
+from e2e_sae_plugin.seekable_store import RowPosition
 from e2e_sae_plugin.splice.shared import SharedCleanPasses
 from e2e_sae_plugin.sweep.checkpoints import SweepCheckpoints
 from e2e_sae_plugin.sweep.config import SweepConfig, SweepMember
 from e2e_sae_plugin.sweep.member import FAILURE_FILENAME, MemberRunner
 from e2e_sae_plugin.sweep.stream import SharedBatches
-from e2e_sae_plugin.trainer import Stopped
+from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,10 @@ class SweepRunner:
                 folder.mkdir(parents=True, exist_ok=True)
             with locked(*folders), stop_on_signals() as stop_request:
                 self._train(waiting, stop_request)
+            if stop_request.signal_number is not None:  # it came when the last step was done
+                self._write_summary()
+                logger.warning("The sweep had ended when the signal came; there is nothing to resume.")
+                raise run_interrupted(stop_request.signal_number, None)
         self._write_summary()
         if all(status == "failed" for status in self.statuses.values()):
             raise SweepFailed(
@@ -133,106 +137,121 @@ class SweepRunner:
 
     def _train(self, waiting: dict[str, SweepMember], stop_request: StopRequest) -> None:
         checkpoint, resumed = self._find_checkpoint(waiting)
-        runners, batches = self._build(waiting)
+        runners, batches = self._build(waiting, resumed)
         round_number = 0
         if checkpoint is not None and self.checkpoints is not None:
             round_number = self.checkpoints.round_number(checkpoint)
-            if len(resumed) == len(runners):
-                self.checkpoints.resume_stream(checkpoint, batches)
-            # Else one starts anew, and needs the stream's beginning: those ahead of it wait for it.
-            anew = (
-                "" if len(resumed) == len(runners) else f" for {len(resumed)} SAEs; the others start at the beginning"
-            )
+            beginning = batches.state()
+            self.checkpoints.resume_stream(checkpoint, batches)  # which refuses other data
+            anew = ""
+            if len(resumed) < len(runners):  # those ahead of the ones that start anew wait for them
+                batches.resume(*beginning)
+                anew = f" for {len(resumed)} SAEs; the others start at the beginning"
             self._say(f"Going on from {checkpoint}{anew}.")
         for name, runner in runners.items():
-            entry = resumed.get(name)
             folder = None if self.checkpoints is None else self.checkpoints.of(name)
-            reader = batches.reader(0 if entry is None else entry["place"])
-            runner.resumed_from = None if entry is None or folder is None else folder.path / entry["checkpoint"]
-            trainer = runner.start(reader, folder, stop_request)
-            if runner.resumed_from is not None:
-                check_identity(runner.resumed_from, runner.identity)
-                trainer.load_trainer_state(runner.resumed_from)
+            runner.start(batches.reader(resumed[name]["place"] if name in resumed else 0), folder, stop_request)
         shared = SharedCleanPasses(
             [runner.spliced_model for runner in runners.values()],
             hidden=any(runner.cfg.objective.kl > 0 for runner in runners.values()),
         )
-        self._in_rounds(runners, batches, shared, stop_request, round_number)
+        training = dict(runners)
+        for name in list(training):
+            self._attempt(batches, training, name, "begin")
+        if stop_request.signal_number is not None and training:
+            # Nothing is trained that is not in the checkpoint, and estimates may be half made.
+            logger.warning("The sweep was stopped before its first step.")
+            raise run_interrupted(stop_request.signal_number, checkpoint)
+        self._in_rounds(runners, training, batches, shared, stop_request, round_number)
 
     def _find_checkpoint(self, waiting: dict[str, SweepMember]) -> tuple[Path | None, dict[str, dict[str, Any]]]:
         """The checkpoint to go on from, and what it holds of those that wait. One that failed before an interruption is
         not tried again while others go on: it would hold them up and fail once more."""
-        checkpoint = None if self.checkpoints is None else self.checkpoints.newest()
-        if checkpoint is None or self.checkpoints is None or self._starts_anew:
+        if self.checkpoints is None or self._starts_anew:
             return None, {}
-        resumed = {name: entry for name, entry in self.checkpoints.members(checkpoint).items() if name in waiting}
-        if not resumed:
-            return None, {}
-        for name in [name for name in waiting if name not in resumed and self._failure(name)]:
-            self.statuses[name] = "failed"
-            del waiting[name]
-        return checkpoint, resumed
+        checkpoint = self.checkpoints.newest(waiting)
+        members = {} if checkpoint is None else self.checkpoints.members(checkpoint)
+        resumed = {name: entry for name, entry in members.items() if name in waiting}
+        if resumed:
+            for name in [name for name in waiting if name not in resumed and self._failure(name)]:
+                self.statuses[name] = "failed"
+                del waiting[name]
+        anew = [name for name in waiting if name not in resumed and not self._failure(name)]
+        other = self.checkpoints.of_another_part(anew)
+        if other is not None:
+            logger.warning(
+                "%s was written by another part of the sweep, which had SAEs that start anew here. To go on with them, run "
+                "the sweep with the same SAEs and the same division into parts.",
+                other,
+            )
+        return (checkpoint if resumed else None), resumed
 
     @property
     def _starts_anew(self) -> bool:
         return any(member.config.overwrite_output for member in self.members.values())
 
-    def _build(self, waiting: dict[str, SweepMember]) -> tuple[dict[str, MemberRunner], SharedBatches]:
-        """The first one loads model and data; the others take them from it."""
+    def _build(
+        self, waiting: dict[str, SweepMember], resumed: dict[str, dict[str, Any]]
+    ) -> tuple[dict[str, MemberRunner], SharedBatches]:
+        """The first one loads model and data; the others take them from it, and the stream is the first one's."""
         runners: dict[str, MemberRunner] = {}
         first: MemberRunner | None = None
+        position = RowPosition()
         for name, member in waiting.items():
+            checkpoint = None
+            if self.checkpoints is not None and name in resumed:
+                checkpoint = self.checkpoints.of(name).path / resumed[name]["checkpoint"]
             if first is None:
-                runners[name] = first = MemberRunner(member, self._model, self._dataset, None)
-                self._model = first.model
+                runners[name] = first = MemberRunner(member, self._model, self._dataset, None, checkpoint)
+                self._model, position = first.model, first.tokens.store.position()
             else:
                 runners[name] = MemberRunner(
-                    member, first.model, first.activations_store.dataset, first.evaluation_tokens
+                    member, first.model, first.activations_store.dataset, first.evaluation_tokens, checkpoint
                 )
         assert first is not None
-        batches = SharedBatches(first.tokens, first.spliced_model.token_device)
-        return runners, batches
+        if position.rows_state is not None:
+            # `datasets` keeps a stream's state once for all who read it, and the others have looked at the first row.
+            first.tokens.store.seek(position)
+        return runners, SharedBatches(first.tokens, first.spliced_model.token_device)
 
     # The rounds.
 
     def _in_rounds(
         self,
         runners: dict[str, MemberRunner],
+        training: dict[str, MemberRunner],
         batches: SharedBatches,
         shared: SharedCleanPasses,
         stop_request: StopRequest,
         round_number: int,
     ) -> None:
-        training = dict(runners)
         last_saved = time.monotonic()
         every = self.cfg.checkpoint_every_minutes
-        for name in list(training):
-            self._attempt(training, name, "begin")
         total = sum(member.config.training_tokens for member in self.members.values())
-        with (
-            self._saved_if_the_disk_fails(batches, training),
-            tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, desc="Sweep") as bar,
-        ):
+        bar = tqdm(
+            total=total, unit="tok", unit_scale=True, dynamic_ncols=True, desc="Sweep", disable=not self.cfg.verbose
+        )
+        with bar, self._saved_if_it_fails(batches, training, lambda: round_number):
             while training:
-                place = min(_place(runner) for runner in training.values())
+                place = min(runner.place for runner in training.values())
                 batch = batches.batch(place)
                 with shared.over(batch):
-                    for name in [name for name, runner in training.items() if _place(runner) == place]:
-                        self._attempt(training, name, "advance")
+                    for name in [name for name, runner in training.items() if runner.place == place]:
+                        self._attempt(batches, training, name, "advance")
                 batches.forget_what_all_have_read()
                 round_number += 1
                 self._show(bar, runners, training)
-                if stop_request:
+                if stop_request and training:
                     self._stop(batches, training, stop_request, round_number)
                 if every is not None and time.monotonic() - last_saved >= 60 * every:
                     self._save(batches, training, round_number)
                     last_saved = time.monotonic()
 
-    def _attempt(self, training: dict[str, MemberRunner], name: str, what: str) -> None:
+    def _attempt(self, batches: SharedBatches, training: dict[str, MemberRunner], name: str, what: str) -> None:
         """Begin or advance one SAE, and finish it where that was its last step."""
         runner = training[name]
 
-        def act(trainer: Any) -> None:
+        def act(trainer: E2ESAETrainer) -> None:
             getattr(trainer, what)()
             if trainer.is_done:
                 runner.finish(trainer)
@@ -245,8 +264,9 @@ class SweepRunner:
             logger.warning("%s has failed and is left out from here on: %s", name, error)
         if runner.status != "training":
             self.statuses[name] = runner.status
-            batches = [training.pop(name)]
-            batches.clear()
+            assert runner.reader is not None
+            batches.leave(runner.reader)
+            del training[name]
             self._write_summary()
 
     def _show(self, bar: Any, runners: dict[str, MemberRunner], training: dict[str, MemberRunner]) -> None:
@@ -270,12 +290,16 @@ class SweepRunner:
             return None
 
     @contextmanager
-    def _saved_if_the_disk_fails(self, batches: SharedBatches, training: dict[str, MemberRunner]) -> Iterator[None]:
-        """An SAE that cannot be saved is no failure of that SAE: the sweep stops, and goes on when there is room."""
+    def _saved_if_it_fails(
+        self, batches: SharedBatches, training: dict[str, MemberRunner], round_number: Callable[[], int]
+    ) -> Iterator[None]:
+        """What is no failure of one SAE (no room for saving it, the data): the sweep stops, and can go on from there."""
         try:
             yield
-        except WRITE_ERRORS:
-            self._save(batches, training, -1)
+        except Exception as error:
+            checkpoint = self._save(batches, training, round_number())
+            if checkpoint is not None:
+                logger.warning("%s. Saved %s: run the sweep again to go on.", type(error).__name__, checkpoint)
             raise
 
     def _stop(
@@ -309,14 +333,11 @@ class SweepRunner:
         Path(self.cfg.output_path).mkdir(parents=True, exist_ok=True)
         write_whole(Path(self.cfg.output_path) / SUMMARY_FILENAME, text.getvalue())
 
-    @staticmethod
-    def _say(text: str) -> None:
-        tqdm.write(text)
-
-
-def _place(runner: MemberRunner) -> int:
-    assert runner.trainer is not None
-    return runner.trainer.data_provider.place  # pyright: ignore[reportAttributeAccessIssue]
+    def _say(self, text: str) -> None:
+        if self.cfg.verbose:
+            tqdm.write(text)
+        else:
+            logger.info("%s", text)
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any]:

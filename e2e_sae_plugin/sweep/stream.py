@@ -31,6 +31,10 @@ class SharedBatches:
         self.readers.append(reader)
         return reader
 
+    def leave(self, reader: Reader) -> None:
+        """This reader will ask for nothing more, so that batches need not be kept for it."""
+        self.readers.remove(reader)
+
     def batch(self, index: int) -> Tensor:
         """The batch of that number, drawn where nobody has asked for it yet.
 
