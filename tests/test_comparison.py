@@ -16,6 +16,7 @@ import torch
 from helpers import D_MODEL, runner_config, tiny_hooked_transformer, tiny_tokenizer, token_batch, training_sae
 from sae_lens import SAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
+from test_findings import made_up
 
 from e2e_sae_plugin.comparison import Comparison, Subject, compare, load_subjects, write_comparison
 from e2e_sae_plugin.comparison.charts import pareto_charts, ratio_chart, short_hook
@@ -59,11 +60,7 @@ def made_up_sae(
     sae = SAE.from_dict(StandardSAEConfig(d_in=d_in, d_sae=d_sae).to_dict())
     generator = torch.Generator().manual_seed(1000 * (seed or 0) + list(KINDS).index(kind))
     directions = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-    with torch.no_grad():
-        sae.W_dec.copy_(directions * KINDS[kind])
-        sae.W_enc.copy_(directions.T)
-        sae.b_enc.fill_(-(sparsity or 1.0))
-        sae.b_dec.zero_()
+    put(sae, W_dec=directions * KINDS[kind], W_enc=directions.T, b_enc=-(sparsity or 1.0), b_dec=0.0)
     entries = {
         "kind": kind if labelled == "" else labelled,
         "sparsity": sparsity,
@@ -76,10 +73,16 @@ def made_up_sae(
     return sae
 
 
+@torch.no_grad()
+def put(sae: SAE[Any], **values: float | torch.Tensor) -> None:
+    """Overwrite parameters."""
+    for name, value in values.items():
+        getattr(sae, name).copy_(torch.as_tensor(value))
+
+
 def dead_sae(kind: str = "e2e", seed: int = 0) -> SAE[Any]:
     sae = made_up_sae(kind, 99.0, seed)
-    with torch.no_grad():
-        sae.b_enc.fill_(-1e6)
+    put(sae, b_enc=-1e6)
     return sae
 
 
@@ -334,22 +337,31 @@ def test_everything_is_measured_grouped_and_matched(whole: Comparison):
         assert cards[0].contexts
 
 
-def test_matched_settings_are_those_of_like_ce_loss_increase(whole: Comparison):
-    def distance(kind: str, setting: str) -> float:
-        names = [each.name for each in whole.groups[kind, setting]]
-        return sum(whole.evaluations[name].value("ce_loss_increase") for name in names) / len(names)
+def increases(**by_kind: tuple[float, ...]) -> dict[str, str]:
+    """Which of the settings "0", "1", ... are matched, given the CE loss increases at them."""
+    sae = made_up_sae()
+    subjects = {
+        (kind, str(i)): (Subject(f"{kind}-{i}", sae, kind, str(i), 0),)
+        for kind in by_kind
+        for i in range(len(by_kind[kind]))
+    }
+    evaluations = {
+        f"{kind}-{i}": made_up(f"{kind}-{i}", increase=value, l0=1.0, alive=1, mse={})
+        for kind, values in by_kind.items()
+        for i, value in enumerate(values)
+    }
+    return COMPARE_MODULE._matched_by_ce(subjects, evaluations)
 
-    increases = {(kind, setting): distance(kind, setting) for kind, setting in whole.groups}
-    chosen = [increases[key] for key in whole.matched.items()]
-    # No other choice of one setting per kind is much closer together.
-    others = [
-        [increases["local", a], increases["e2e", b], increases["e2e+ds", c]]
-        for a in ("0.5", "1.5")
-        for b in ("0.5", "1.5")
-        for c in ("0.5", "1.5")
-    ]
-    spread = min(max(values) / min(values) for values in others)
-    assert max(chosen) / min(chosen) <= 2 * spread
+
+def test_settings_of_like_ce_loss_increase_are_matched():
+    assert increases(local=(0.1, 0.2, 0.4), e2e=(0.05, 0.11, 0.19)) == {"local": "1", "e2e": "2"}
+    # Both are nearer to the middle of the range, 3.7, at 3.2 and 4.3; but most alike at the end.
+    assert increases(local=(2.4, 4.3), e2e=(3.2, 4.2), ds=(2.6, 4.1)) == {"local": "1", "e2e": "1", "ds": "1"}
+    # Dead dictionaries are all alike.
+    assert increases(local=(0.1, 0.3, 9.0), e2e=(0.12, 0.25, 9.0)) == {"local": "1", "e2e": "1"}
+    assert increases(local=(0.1, 0.2, 0.4)) == {"local": "1"}
+    assert increases(local=(0.1, 0.2), e2e=(0.8, 0.9)) == {"local": "1", "e2e": "0"}  # nothing in common
+    assert increases(local=(-0.001, 0.2), e2e=(0.1, 0.0)) == {"local": "0", "e2e": "1"}  # neither costs anything
 
 
 def test_one_sae_by_itself(model: Any, tmp_path: Path):
@@ -377,7 +389,7 @@ def test_kinds_of_ones_own_without_a_local_sae(model: Any):
     assert {each.verdict for each in found.findings} == {"cannot be told"}
     report = comparison_report(found)
     assert [table.name for table in report.tables] == [
-        "saes", "agreement", "layers", "layers_per_token", "l2_ratios", "geometry",
+        "saes", "agreement", "reconstruction", "layers", "layers_per_token", "l2_ratios", "geometry",
     ]  # fmt: skip
     assert report.summary == ()
     check_text(report)
@@ -442,8 +454,7 @@ def test_a_model_without_a_tokenizer_has_importance_and_no_cards(caplog: pytest.
 def test_a_training_sae_is_looked_at_as_it_is_exported(model: Any):
     sae = training_sae(runner_config("batchtopk"))
     sae.cfg.metadata.hook_name = HOOK
-    with torch.no_grad():
-        sae.topk_threshold.fill_(0.5)
+    put(sae, topk_threshold=0.5)
     found = compare({"it": sae}, model, TOKENS, n_cards=1)
     evaluation = found.evaluations["it"]
     assert torch.equal(found.importance["it"].density > 0, evaluation.alive)
@@ -455,7 +466,8 @@ def test_a_training_sae_is_looked_at_as_it_is_exported(model: Any):
 
 def test_the_same_sae_twice_is_refused_before_anything_is_measured(model: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(COMPARE_MODULE, "evaluate_many", lambda *_, **__: pytest.fail("measured"))
-    for settings in ({}, {"sparsity": None, "seed": None}):
+    every: tuple[dict[str, Any], ...] = ({}, {"sparsity": None, "seed": None})
+    for settings in every:
         with pytest.raises(ValueError, match="a and b are one SAE, weight for weight: this would be a cross-seed"):
             compare({"a": made_up_sae(**settings), "b": made_up_sae(**settings)}, model, TOKENS)
 
@@ -463,8 +475,7 @@ def test_the_same_sae_twice_is_refused_before_anything_is_measured(model: Any, m
 def test_one_dictionary_in_two_kinds_has_cosines_of_one(model: Any):
     """Fine-tuned with its decoder frozen; or before and after."""
     tuned = made_up_sae("local", labelled="e2e+mse")
-    with torch.no_grad():
-        tuned.W_enc *= 1.01
+    put(tuned, W_enc=1.01 * tuned.W_enc)
     found = compare({"before": made_up_sae("local"), "after": tuned}, model, TOKENS, n_cards=0)
     across = found.geometry["e2e+mse", "1"].cross_type
     assert across is not None
@@ -602,7 +613,8 @@ def test_the_report_has_every_table_and_chart(whole: Comparison, tmp_path: Path)
     report = comparison_report(whole, "Mine")
     assert report.title == "Mine"
     assert [table.name for table in report.tables] == [
-        "findings", "saes", "agreement", "ratios", "layers", "layers_per_token", "l2_ratios", "geometry",
+        "findings", "saes", "agreement", "reconstruction", "ratios", "layers", "layers_per_token", "l2_ratios", "geometry",
+        "modes",
     ]  # fmt: skip
     assert [line.status for line in report.summary] == [
         {"confirmed": "ok", "not confirmed": "not", "cannot be told": "unclear"}[each.verdict]

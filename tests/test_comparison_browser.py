@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright opens the pages")
 import torch
 from playwright.sync_api import Browser
-from test_comparison import KINDS, made_up_sae
+from test_comparison import KINDS, made_up_sae, put
 
 from e2e_sae_plugin.comparison import Comparison, compare, write_comparison
 from e2e_sae_plugin.demo import demo_tokens, load_demo_model
@@ -25,24 +25,21 @@ N_CARDS = 2
 @pytest.fixture(scope="module")
 def found() -> Comparison:
     """Three kinds x two sparsities x two seeds on the bundled model, with directions that its activations have."""
-    model, tokens = load_demo_model(), demo_tokens("evaluation", 64)[:32]
+    model, tokens = load_demo_model(), demo_tokens("evaluation", 64)[:16]
     hook = "blocks.3.hook_resid_pre"
     with torch.no_grad():
         acts = model.run_with_cache(tokens, names_filter=hook)[1][hook].flatten(0, 1)
     centre = acts.mean(0)
     saes = {}
     for kind in KINDS:
-        for sparsity in (60.0, 200.0):
+        for sparsity in (60.0, 300.0):
             for seed in (0, 1):
-                sae = made_up_sae(kind, sparsity, seed, d_in=128, d_sae=256, hook_name=hook, model_name="e2e-sae-demo")
+                sae = made_up_sae(kind, sparsity, seed, d_in=128, d_sae=96, hook_name=hook, model_name="e2e-sae-demo")
                 generator = torch.Generator().manual_seed(10 * seed + list(KINDS).index(kind))
-                chosen = acts[torch.randperm(len(acts), generator=generator)[:256]] - centre
+                chosen = acts[torch.randperm(len(acts), generator=generator)[:96]] - centre
                 directions = chosen / chosen.norm(dim=1, keepdim=True)
-                with torch.no_grad():
-                    sae.W_enc.copy_(directions.T)
-                    sae.W_dec.copy_(directions * KINDS[kind] / 2)
-                    sae.b_dec.copy_(centre)
-                    sae.b_enc.copy_(-sparsity - directions @ centre * (not sae.cfg.apply_b_dec_to_input))
+                put(sae, W_enc=directions.T, W_dec=directions * KINDS[kind], b_dec=centre)
+                put(sae, b_enc=-sparsity - directions @ centre * (not sae.cfg.apply_b_dec_to_input))
                 saes[f"{kind}-{sparsity:g}-seed{seed}"] = sae
     return compare(saes, model, tokens, n_cards=N_CARDS, n_exact=1)
 
@@ -81,7 +78,7 @@ def test_the_report_of_a_comparison_is_shown_whole(
         cards = sum(len(each) for each in found.cards.values())
         assert cards > len(found.subjects)
         assert visit.page.locator(".card").count() == cards
-        assert visit.page.locator(".table table").count() == 8
+        assert visit.page.locator(".table table").count() == 10
         assert min(visit.contrasts("p, li, td, th, figcaption, h1, h2, h3, h4, mark")) >= 4.5
         visit.screenshot(tmp_path / "page.png")
         visit.page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")

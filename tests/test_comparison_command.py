@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_comparison import made_up_sae
+from test_comparison import made_up_sae, put
 
 from e2e_sae_plugin.cli import main
 from e2e_sae_plugin.comparison import inputs
@@ -89,8 +89,7 @@ def test_labels_name_and_group(folder: Path):
 
 def test_warnings_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]):
     sae = made_up_sae("e2e", **DEMO)
-    with torch.no_grad():
-        sae.b_enc.fill_(-1e9)
+    put(sae, b_enc=-1e9)
     sae.save_model("dead")
     assert compare("dead", "--output", "out") == 0
     assert "Warning: No feature of dead fires on these tokens: the dictionary is dead." in capsys.readouterr().out

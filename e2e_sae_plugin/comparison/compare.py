@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATIONS_FOLDER = "evaluations"
 FORMAT = 1
+OFF_CENTRE = 0.5
+"""What being off the middle costs beside being unlike, when SAEs are matched; at the ends, all are as bad, or as dense."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Comparison:
     geometry: dict[tuple[str, str], Geometry]
     """By group; cross-type cosines are to the local group of the most similar CE loss increase."""
     matched: dict[str, str]
-    """Kind -> the setting whose CE loss increase is nearest to one that all kinds reach."""
+    """Kind -> the setting at which its CE loss increase is most like the other kinds'."""
     findings: tuple[Finding, ...]
     importance: dict[str, FeatureImportance] = field(default_factory=dict)
     cards: dict[str, tuple[FeatureCard, ...]] = field(default_factory=dict)
@@ -222,19 +224,23 @@ def mean_increase(group: Sequence[Subject], evaluations: Mapping[str, Evaluation
 def _matched_by_ce(
     groups: Mapping[tuple[str, str], Sequence[Subject]], evaluations: Mapping[str, Evaluation]
 ) -> dict[str, str]:
-    """For each kind the setting nearest to the middle of what all kinds reach."""
-    increases = {key: mean_increase(group, evaluations) for key, group in groups.items()}
+    """For each kind a setting, so that they are as alike as can be, and not at one end of what all kinds reach."""
+    logs = {key: math.log(mean_increase(group, evaluations)) for key, group in groups.items()}
     kinds = list(dict.fromkeys(kind for kind, _ in groups))
-    ranges = [[value for (kind, _), value in increases.items() if kind == each] for each in kinds]
-    low, high = max(map(min, ranges)), min(map(max, ranges))
-    target = 0.5 * (math.log(low) + math.log(high))
-    return {
-        kind: min(
-            (setting for k, setting in groups if k == kind),
-            key=lambda setting: abs(math.log(increases[kind, setting]) - target),
-        )
-        for kind in kinds
-    }
+    reached = [[value for (kind, _), value in logs.items() if kind == each] for each in kinds]
+    middle = 0.5 * (max(map(min, reached)) + min(map(max, reached)))
+
+    def nearest(target: float) -> dict[str, str]:
+        return {
+            each: min((s for kind, s in groups if kind == each), key=lambda s: abs(logs[each, s] - target))
+            for each in kinds
+        }
+
+    def cost(chosen: dict[str, str]) -> float:
+        values = [logs[key] for key in chosen.items()]
+        return max(values) - min(values) + OFF_CENTRE * abs(sum(values) / len(values) - middle)
+
+    return min(map(nearest, logs.values()), key=cost)
 
 
 def _nearest_local(

@@ -194,7 +194,6 @@ def _ratio_text(found: Ratio | None, x: str) -> str:
     if found is None:
         return f"cannot be told (no common range of {x})"
     low, high = found.x_range
-    form = "{:.0f} to {:.0f}" if x == "L0" else "{:.3f} to {:.3f}"
     text = f"{found.estimate.value:.3f} [{found.estimate.low:.3f}, {found.estimate.high:.3f}]"
     seeds = ", ".join(f"{value:.3f}" for value in found.by_seed)
-    return f"{text} ({x} {form.format(low, high)}" + (f"; by seed {seeds})" if len(found.by_seed) > 1 else ")")
+    return f"{text} ({x} {low:.3g} to {high:.3g}" + (f"; by seed {seeds})" if len(found.by_seed) > 1 else ")")

@@ -87,7 +87,7 @@ def _findings(found: Comparison) -> Section:
 
 
 def _overview(found: Comparison, paper: Sequence[PublishedSAE]) -> Section:
-    tables = list(_sae_tables(found))
+    tables = _sae_tables(found)
     if ratios := _ratio_rows(found):
         tables.append(
             Table(
@@ -119,51 +119,64 @@ def _overview(found: Comparison, paper: Sequence[PublishedSAE]) -> Section:
     return Section("How much each keeps", charts=(*charts, alive_chart(found)), tables=tuple(tables))
 
 
-def _sae_tables(found: Comparison) -> tuple[Table, Table]:
-    """Two, as the columns of one would not fit a laptop."""
+def _sae_tables(found: Comparison) -> list[Table]:
+    """Several, as the columns of one would not fit a laptop."""
+    ordered = [each for kind in ordered_kinds(found.subjects) for each in found.subjects if each.kind == kind]
+
+    def table(name: str, title: str, caption: str, metrics: dict[str, tuple[str, str]], **more: list[Cell]) -> Table:
+        rows = [
+            (
+                each.name,
+                each.kind,
+                *(found.evaluations[each.name].metrics.get(metric) for metric, _ in metrics.values()),
+            )
+            for each in ordered
+        ]
+        rows = [(*row, *(column[i] for column in more.values())) for i, row in enumerate(rows)]
+        forms = {column: form for column, (_, form) in metrics.items() if form}
+        return Table(name, title, caption, ("SAE", "kind", *metrics, *more), tuple(rows), forms)
+
+    quantiles = [found.evaluations[each.name].l0_quantiles((0.05, 0.5, 0.95)).values() for each in ordered]
     costs = {
         "CE loss increase": ("ce_loss_increase", "{:+.4f}"),
         "KL": ("kl", "{:.4f}"),
         "L0": ("l0", "{:.1f}"),
     }
-    others = {
-        "recovered (zero)": ("ce_loss_recovered_zero", "{:.3f}"),
-        "recovered (mean)": ("ce_loss_recovered_mean", "{:.3f}"),
-        "top-1": ("top1_agreement", "{:.3f}"),
-        "distance": ("statistical_distance", "{:.3f}"),
-        "variance": ("explained_variance", "{:.3f}"),
-        "by token": ("explained_variance_per_token", "{:.3f}"),
+    agreement = {
+        "CE recovered (zero)": ("ce_loss_recovered_zero", "{:.3f}"),
+        "CE recovered (mean)": ("ce_loss_recovered_mean", "{:.3f}"),
+        "top-1 agreement": ("top1_agreement", "{:.3f}"),
+        "statistical distance": ("statistical_distance", "{:.3f}"),
     }
-    rows: list[tuple[Cell, ...]] = []
-    other_rows: list[tuple[Cell, ...]] = []
-    for kind in ordered_kinds(found.subjects):
-        for each in found.subjects:
-            if each.kind != kind:
-                continue
-            evaluation = found.evaluations[each.name]
-            values = [[evaluation.metrics.get(name) for name, _ in part.values()] for part in (costs, others)]
-            quantiles = evaluation.l0_quantiles((0.05, 0.5, 0.95)).values()
-            rows.append((each.name, kind, *values[0], "/".join(map(str, quantiles)), evaluation.n_alive))
-            other_rows.append((each.name, *values[1]))
-    return (
-        Table(
+    variance = {
+        "explained variance": ("explained_variance", "{:.3f}"),
+        "explained variance per token": ("explained_variance_per_token", "{:.3f}"),
+        "MSE": ("mse", ""),
+    }
+    return [
+        table(
             "saes",
             "Every SAE",
             "L0 also as the 5 %, 50 % and 95 % quantiles over tokens; alive: features that fire at least once.",
-            ("SAE", "kind", *costs, "L0 5/50/95 %", "alive"),
-            tuple(rows),
-            {name: form for name, (_, form) in costs.items()},
+            costs,
+            **{
+                "L0 5/50/95 %": ["/".join(map(str, each)) for each in quantiles],
+                "alive": [found.evaluations[each.name].n_alive for each in ordered],
+            },
         ),
-        Table(
+        table(
             "agreement",
-            "Every SAE, by other measures",
-            "CE loss recovered over zero and over mean ablation; agreement of the most likely token; statistical distance "
-            "of the predictions; explained variance as a ratio of means, and as the mean over tokens of ratios.",
-            ("SAE", *others),
-            tuple(other_rows),
-            {name: form for name, (_, form) in others.items()},
+            "Every SAE: agreement with the model",
+            "CE loss recovered: 1 is the model itself, 0 is zero or mean ablation. The distance is that of the predictions.",
+            agreement,
         ),
-    )
+        table(
+            "reconstruction",
+            "Every SAE: reconstruction",
+            "Explained variance as a ratio of means, and as the mean over tokens of ratios.",
+            variance,
+        ),
+    ]
 
 
 def _ratio_rows(found: Comparison) -> tuple[tuple[Cell, ...], ...]:
@@ -178,9 +191,9 @@ def _ratio_rows(found: Comparison) -> tuple[tuple[Cell, ...], ...]:
                 (
                     kind,
                     None if increase is None else increase.estimate,
-                    None if increase is None else "{:.0f} to {:.0f}".format(*increase.x_range),
+                    None if increase is None else "{:.3g} to {:.3g}".format(*increase.x_range),
                     None if alive is None else alive.estimate,
-                    None if alive is None else "{:.3f} to {:.3f}".format(*alive.x_range),
+                    None if alive is None else "{:.3g} to {:.3g}".format(*alive.x_range),
                 )
             )
     return tuple(rows)
@@ -230,7 +243,7 @@ def _pathways(found: Comparison) -> Section:
         ),
     )
     matched = ", ".join(
-        f"{kind} {setting} ({mean_increase(found.groups[kind, setting], found.evaluations):.3g} nats)"
+        f"{kind} at {setting} ({mean_increase(found.groups[kind, setting], found.evaluations):.3g} nats)"
         for kind, setting in found.matched.items()
     )
     text = f"Shown are the SAEs whose CE loss increases are most alike: {matched}." if len(found.matched) > 1 else ""
@@ -238,7 +251,8 @@ def _pathways(found: Comparison) -> Section:
 
 
 def _geometry(found: Comparison) -> Section:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
+    mode_rows: list[tuple[Cell, ...]] = []
     for (kind, setting), geometry in found.geometry.items():
         for what, label in (("within", "within an SAE"), ("cross_seed", "across seeds"), ("cross_type", "to local")):
             each: Comparison1D | None = getattr(geometry, what)
@@ -255,23 +269,33 @@ def _geometry(found: Comparison) -> Section:
                     each.summary.median,
                     each.summary.share_near,
                     each.matched_cosine,
-                    None if test is None else test.p_value,
-                    "" if test is None or not test.is_bimodal else ", ".join(f"{m:.2f}" for m in test.modes),
                 )
             )
+            if test is not None:
+                modes = (*test.modes, test.weights[1]) if test.is_bimodal else (None, None, None)
+                mode_rows.append((kind, setting, label, test.dip, test.p_value, *modes))
     columns = (
-        "kind", "setting", "neighbours", "features", "mean cosine", "median", "> 0.9", "matched", "p", "modes",
+        "kind", "setting", "neighbours", "features", "mean cosine", "median", "above 0.9", "one to one",
     )  # fmt: skip
-    forms = dict.fromkeys(("mean cosine", "median", "> 0.9", "matched", "p"), "{:.3f}")
     caption = (
-        "Cosines of nearest neighbours; > 0.9: share of features with one that near; matched: mean cosine of the best "
-        "one-to-one matching; p: of Hartigan's dip test against one mode, and where the modes lie if it rejects that."
+        "Cosines of nearest neighbours; above 0.9: share of features with one that near; one to one: mean cosine of the "
+        "best one-to-one matching."
     )
+    forms: dict[str, str] = dict.fromkeys(columns[4:], "{:.3f}")
+    tables = [Table("geometry", "Geometry of the dictionaries", caption, columns, tuple(rows), forms)]
+    if mode_rows:
+        columns = ("kind", "setting", "neighbours", "dip", "p", "lower mode", "upper mode", "share of the upper")
+        caption = (
+            "Hartigan's dip test of these cosines against a single mode. Where it rejects that (p < 0.05), the two that a "
+            "mixture of Gaussians finds."
+        )
+        forms = dict.fromkeys(columns[3:], "{:.3f}")
+        tables.append(Table("modes", "One kind of features, or two?", caption, columns, tuple(mode_rows), forms))
     return Section(
         "The same features?",
         "Cosine similarities of decoder directions of alive features. Here, intervals are of a bootstrap over features.",
         charts=cosine_charts(found),
-        tables=(Table("geometry", "Geometry of the dictionaries", caption, columns, tuple(rows), forms),),
+        tables=tuple(tables),
     )
 
 

@@ -49,6 +49,8 @@ class SweepCheckpoints:
         members: dict[str, dict[str, Any]] = {}
         for name, member in training.items():
             assert member.trainer is not None
+            if member.trainer.n_training_steps == 0:  # its estimates are made anew, from the stream's beginning
+                continue
             folder = str(member.trainer.n_training_samples)
             member.trainer.save_checkpoint(folder, kind="rolling")
             members[name] = {"checkpoint": folder, "place": member.place}
