@@ -87,7 +87,10 @@ def test_a_spliced_pass_from_a_shared_clean_pass_has_the_same_output_and_gradien
         spliced = model.spliced_pass(clean, activation)
         assert spliced.hidden is not None
         values = [spliced.hidden, *(spliced.downstream[hook] for hook in model.downstream_hooks)]
-        return [*values, torch.autograd.grad(sum(value.pow(2).sum() for value in values), activation)[0]]
+        return [
+            *values,
+            torch.autograd.grad(torch.stack([value.pow(2).sum() for value in values]).sum(), activation)[0],
+        ]
 
     single = [output_and_gradient(model, model.clean_pass(batch)) for model in models]
     with shared.over(batch):

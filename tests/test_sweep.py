@@ -171,7 +171,7 @@ def test_kinds_at_different_places_of_the_stream_and_hooks_inside_blocks(
         "topk": {"objective": "e2e", "sparsities": [4], "local_first": 0.5, "sae": {"architecture": "topk"}},
     }  # fmt: skip
     kinds["mean"]["objective"] = "e2e"
-    base = {"hook_names": ["blocks.1.hook_mlp_out", "blocks.1.hook_resid_pre"]}
+    base: dict[str, Any] = {"hook_names": ["blocks.1.hook_mlp_out", "blocks.1.hook_resid_pre"]}
     runner = sweep(tmp_path, kinds, **base)
     places: set[int] = set()
     original = MemberRunner.attempt

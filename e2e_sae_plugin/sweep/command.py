@@ -71,6 +71,6 @@ def sweep(argv: Sequence[str]) -> None:
 
 def _part(text: str) -> tuple[int, int]:
     index, sign, n = text.partition("/")
-    if not sign or not index.isdigit() or not n.isdigit() or not 1 <= int(index) <= int(n):
+    if not sign or not index.isdecimal() or not n.isdecimal() or not 1 <= int(index) <= int(n):
         raise ValueError(f"--part takes I/N with 1 <= I <= N, for instance 1/2, got {text!r}.")
     return int(index), int(n)
