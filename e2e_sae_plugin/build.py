@@ -134,17 +134,17 @@ def reading_dataset(cfg: E2ESAERunnerConfig, override_dataset: Any) -> Iterator[
 
 
 @contextmanager
-def quiet_override_warning(active: bool) -> Iterator[None]:
-    """The host warns that an overridden model is not reproducible; ours was loaded from the config."""
+def quiet_override_warning(active: bool, what: tuple[str, ...] = ("model",)) -> Iterator[None]:
+    """The host warns that an overridden model (or dataset) is not reproducible; ours was loaded from the config."""
     host_logger = logging.getLogger("sae_lens")
 
-    def not_about_the_model(record: logging.LogRecord) -> bool:
-        return "passed in a model" not in record.getMessage()
+    def not_about_that(record: logging.LogRecord) -> bool:
+        return not any(f"passed in a {each}" in record.getMessage() for each in what)
 
     if active:
-        host_logger.addFilter(not_about_the_model)
+        host_logger.addFilter(not_about_that)
     try:
         yield
     finally:
         if active:
-            host_logger.removeFilter(not_about_the_model)
+            host_logger.removeFilter(not_about_that)

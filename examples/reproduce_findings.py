@@ -33,6 +33,7 @@ RATES = (1e-3, 3e-3, 1e-2, 2e-2)
 TOKENS, SEARCH_TOKENS = 1_200_000, 250_000
 STEP_TOKENS = 512
 SEEDS = (0, 1)
+CARD_TOKENS = 32_768
 
 
 def base(tokens: int) -> dict[str, Any]:
@@ -129,7 +130,17 @@ def report(output: Path, n_tokens: int) -> Comparison:
         folder = output / "report"
         found = compare(subjects, model, tokens, cache=folder, n_cards=0, progress=True)
         matched = [found.groups[key][0].name for key in found.matched.items()]
-        found = compare(subjects, model, tokens, cache=folder, n_cards=9, cards_for=matched, n_exact=9, progress=True)
+        found = compare(
+            subjects,
+            model,
+            tokens,
+            cache=folder,
+            n_cards=9,
+            cards_for=matched,
+            n_exact=9,
+            card_tokens=CARD_TOKENS,
+            progress=True,
+        )
         write_comparison(found, folder, "The paper's three findings on the bundled model")
     return found
 
@@ -171,6 +182,8 @@ def main() -> None:
     done("evaluation and report")
     for each in found.findings:
         print(f"\n{each.title}: {each.verdict.upper()}\n  {each.claim}")
+        for part, verdict in each.parts:
+            print(f"  {verdict:>15}: {part}")
         for line in each.evidence:
             print(f"    {line}")
     print(f"\nThe report: {args.output / 'report' / 'report.html'}")

@@ -105,7 +105,7 @@ def test_less_ce_loss_increase_and_fewer_features_confirm_the_pareto_finding(see
 
 @pytest.mark.parametrize(
     "worse",
-    [{"increase": 0.5, "alive": 0.5}, {"increase": 0.3, "alive": 1.2}, {"increase": 0.45, "alive": 0.5}],
+    [{"increase": 0.5, "alive": 0.5}, {"increase": 0.3, "alive": 1.2}, {"increase": 0.3, "alive": 0.99}],
 )
 def test_one_number_on_the_wrong_side_does_not_confirm_it(worse: dict[str, float]):
     found = pareto_finding(*sweep({"local": LOCAL, "e2e": GOOD, "e2e+ds": worse}))
@@ -123,8 +123,22 @@ def test_what_is_not_there_cannot_be_told():
     assert pareto_finding(*one_sparsity).verdict == "cannot be told"
 
 
-def test_a_claim_that_fails_is_not_confirmed_whatever_else_is_missing():
-    assert pareto_finding(*sweep({"local": LOCAL, "e2e": {"increase": 0.9}})).verdict == "not confirmed"
+def test_where_a_part_cannot_be_told_neither_can_the_whole_but_the_others_keep_their_verdicts():
+    found = pareto_finding(*sweep({"local": LOCAL, "e2e": {"increase": 0.9}}))
+    assert found.verdict == "cannot be told"
+    parts = dict(found.parts)
+    assert parts["e2e costs less than local at equal L0"] == "confirmed"
+    assert parts["e2e costs less than 45% of it"] == "not confirmed"
+    assert parts["e2e+ds costs less than local at equal L0"] == "cannot be told"
+    assert "there is no e2e+ds SAE" in found.evidence[2]
+
+
+def test_geometry_is_told_of_sae_s_of_similar_increase_and_with_enough_features_alone():
+    assert geometry_finding(geometry(), {"local": 0.1, "e2e": 0.15, "e2e+ds": 0.19}).verdict == "confirmed"
+    found = geometry_finding(geometry(), {"local": 0.1, "e2e": 0.15, "e2e+ds": 0.21})
+    assert found.verdict == "cannot be told"
+    assert {verdict for _, verdict in found.parts} == {"cannot be told"}
+    assert "not similar" in found.evidence[0]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +202,7 @@ def geometry(
         (geometry(), "confirmed"),
         (geometry(across=(0.4, 0.8, 0.9)), "not confirmed"),  # e2e found again more often than local
         (geometry(across=(0.8, 0.7, 0.4)), "not confirmed"),
-        (geometry(across=(0.8, 0.7999, 0.9)), "not confirmed"),  # less, but intervals overlap
+        (geometry(across=(0.8, 0.7999, 0.9)), "cannot be told"),  # less, but intervals overlap
         (geometry(p_value=0.3), "not confirmed"),
         (geometry(within=(0.3, 0.4, 0.4)), "not confirmed"),
         (geometry(across=(None, None, None)), "cannot be told"),  # one seed

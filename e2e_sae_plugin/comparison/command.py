@@ -49,6 +49,8 @@ def evaluate_command(argv: Sequence[str]) -> None:
     parser.add_argument("sae", metavar="SAE", help="what to measure")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
     args = parser.parse_args(list(argv))
+    if args.output is not None and args.output.is_dir():
+        raise ValueError(f"--output {str(args.output)!r} is a folder. Name a file in it.")
     subjects, model, tokens = _inputs(args, [args.sae])
     if len(subjects) > 1:
         raise ValueError(f"{args.sae!r} holds {len(subjects)} SAEs. Name one of them, or use e2e-sae compare.")
@@ -78,6 +80,8 @@ def compare_command(argv: Sequence[str]) -> None:
         raise ValueError(f"--cards and --exact take whole numbers from 0 on, got {args.cards} and {args.exact}.")
     if args.exact and not args.cards:
         raise ValueError("--exact has no effect without cards: importance is measured for the SAEs that get cards.")
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {str(args.output)!r} is a file. Name a folder.")
     subjects, model, tokens = _inputs(args, args.saes)
     found = compare(
         subjects, model, tokens, cache=args.output, n_cards=args.cards, n_exact=args.exact, hook_name=args.hook,
@@ -86,10 +90,11 @@ def compare_command(argv: Sequence[str]) -> None:
     written = write_report_of(found, args.output, args.title)
     for each in found.findings:
         if each.verdict != "cannot be told":
-            print(f"{each.title}: {each.verdict}")
+            print(f"{each.title} (the paper's claim): {each.verdict}")
     for text in found.warnings:
         print(f"Warning: {text}")
-    print(f"The report is {written['report.html']}; beside it report.md, tables/, figures/ and importance/.")
+    importance = " and importance/" if args.cards else ""
+    print(f"The report is {written['report.html']}; beside it report.md, tables/, figures/{importance}.")
 
 
 def _parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:

@@ -121,7 +121,12 @@ def compare(
     geometry: dict[tuple[str, str], Geometry] = {}
     for key, group in groups.items():
         geometry[key] = geometry_of(group, _nearest_local(group, groups, evaluations), evaluations)
-    findings = all_findings(subjects, evaluations, {kind: geometry[kind, setting] for kind, setting in matched.items()})
+    findings = all_findings(
+        subjects,
+        evaluations,
+        {kind: geometry[kind, setting] for kind, setting in matched.items()},
+        {kind: mean_increase(groups[kind, setting], evaluations) for kind, setting in matched.items()},
+    )
     importance, cards = _look_at_features(
         [each for each in subjects if cards_for is None or each.name in cards_for] if n_cards else [],
         model, tokens, place, n_cards, n_exact, card_tokens, batch_size_prompts, seed, progress,

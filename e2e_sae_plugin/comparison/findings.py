@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,12 @@ FAR_ABOVE = 2.0
 """Here: a downstream error counts as far above another from this factor on."""
 CLOSE = 1.5
 """Here: and as close to it up to this one."""
+FEWER = 0.95
+"""Here: so many alive features are fewer than local's; a difference of a few in a hundred is none."""
+ALIKE = 2.0
+"""SAEs whose CE loss increases are further than this factor apart are not compared as of similar increase."""
+MIN_FEATURES = 30
+"""Directions of fewer alive features say nothing about a kind."""
 
 Verdict = Literal["confirmed", "not confirmed", "cannot be told"]
 
@@ -35,6 +41,8 @@ class Finding:
     verdict: Verdict
     evidence: tuple[str, ...]
     """Numbers with 95 % intervals."""
+    parts: tuple[tuple[str, Verdict], ...] = ()
+    """What the claim consists of, each with its own verdict; the whole is confirmed where all of it is."""
 
 
 def curves(
@@ -74,36 +82,45 @@ def ratio(
 
 
 def all_findings(
-    subjects: Sequence[Subject], evaluations: Mapping[str, Evaluation], geometry: Mapping[str, Geometry]
+    subjects: Sequence[Subject],
+    evaluations: Mapping[str, Evaluation],
+    geometry: Mapping[str, Geometry],
+    increases: Mapping[str, float] | None = None,
 ) -> list[Finding]:
     """The three, in the paper's order.
 
     Args:
         geometry: of the SAEs of each kind that were matched by CE loss increase, by kind.
+        increases: their CE loss increases.
     """
     return [
         pareto_finding(subjects, evaluations),
         pathway_finding(subjects, evaluations),
-        geometry_finding(geometry),
+        geometry_finding(geometry, increases),
     ]
 
 
 def pareto_finding(subjects: Sequence[Subject], evaluations: Mapping[str, Evaluation]) -> Finding:
     """Fewer features for the same behaviour."""
     evidence: list[str] = []
-    holds: list[bool | None] = []
+    holds: dict[str, bool | None] = {}
     for kind in (E2E, E2E_DS):
         increase = ratio(subjects, evaluations, kind, "ce_loss_increase", "l0")
         alive = ratio(subjects, evaluations, kind, "alive", "ce_loss_increase")
-        evidence.append(f"{kind}, CE loss increase over local's at equal L0: {_ratio_text(increase, 'L0')}")
-        evidence.append(f"{kind}, alive features over local's at equal CE loss increase: {_ratio_text(alive, 'CE')}")
-        holds += [_below(increase, PAPER_RATIO), _below(alive, 1.0)]
-    return Finding(
+        why = _why_not(subjects, kind)
+        evidence.append(f"{kind}, CE loss increase over local's at equal L0: {_ratio_text(increase, 'L0', why)}")
+        evidence.append(
+            f"{kind}, alive features over local's at equal CE loss increase: {_ratio_text(alive, 'CE', why)}"
+        )
+        holds[f"{kind} costs less than local at equal L0"] = _below(increase, 1.0)
+        holds[f"{kind} costs less than {PAPER_RATIO:.0%} of it"] = _below(increase, PAPER_RATIO)
+        holds[f"{kind} needs fewer alive features (at most {FEWER:.0%} of local's)"] = _below(alive, FEWER)
+    return _finding(
         "Pareto",
         f"At the same L0, e2e and e2e+ds have less than {PAPER_RATIO:.0%} of local's CE loss increase, and they need fewer "
         "alive features for the same CE loss increase.",
-        _verdict(holds),
-        tuple(evidence),
+        holds,
+        evidence,
     )
 
 
@@ -116,22 +133,28 @@ def pathway_finding(subjects: Sequence[Subject], evaluations: Mapping[str, Evalu
     )
     hooks = list(next(iter(evaluations.values())).downstream_mse()) if evaluations else []
     evidence: list[str] = []
-    holds: list[bool | None] = []
+    holds: dict[str, bool | None] = {}
     for kind in (E2E, E2E_DS):
         ratios = [ratio(subjects, evaluations, kind, f"mse/{hook}", "ce_loss_increase") for hook in hooks]
         for hook, each in zip(hooks, ratios, strict=True):
             evidence.append(
-                f"{kind}, error at {hook} over local's at equal CE loss increase: {_ratio_text(each, 'CE')}"
+                f"{kind}, error at {hook} over local's at equal CE loss increase: "
+                + _ratio_text(each, "CE", _why_not(subjects, kind))
             )
         if kind == E2E:
-            holds += [_above(each, FAR_ABOVE) for each in ratios] or [None]
+            holds["e2e's downstream error is far above local's"] = _all(_above(each, FAR_ABOVE) for each in ratios)
         else:
-            holds.append(_below(ratios[-1], CLOSE) if ratios else None)
-    return Finding("Pathways", claim, _verdict(holds), tuple(evidence))
+            holds["e2e+ds's is close to local's at the last layer"] = _below(ratios[-1], CLOSE) if ratios else None
+    return _finding("Pathways", claim, holds, evidence)
 
 
-def geometry_finding(geometry: Mapping[str, Geometry]) -> Finding:
-    """Which features are found again."""
+def geometry_finding(geometry: Mapping[str, Geometry], increases: Mapping[str, float] | None = None) -> Finding:
+    """Which features are found again.
+
+    Args:
+        geometry: by kind.
+        increases: the CE loss increase of each kind's SAEs, which have to be alike; None where they are known to be.
+    """
     claim = (
         "Among SAEs of similar CE loss increase: e2e features are less robust across seeds than local and e2e+ds features; "
         "the cosine similarity of e2e+ds to local features is bimodal; within one SAE, local features are the least "
@@ -151,20 +174,36 @@ def geometry_finding(geometry: Mapping[str, Geometry]) -> Finding:
             f"e2e+ds to local: dip {test.dip:.4f}, p = {test.p_value:.3f}; two-component means {modes}, weights "
             + " and ".join(f"{weight:.2f}" for weight in test.weights)
         )
-    return Finding(
-        "Geometry",
-        claim,
-        _verdict(
-            [
-                _less(across.get(E2E), across.get(LOCAL)),
-                _less(across.get(E2E), across.get(E2E_DS)),
-                None if test is None else test.is_bimodal,
-                _less(within.get(E2E), within.get(LOCAL)),
-                _less(within.get(E2E_DS), within.get(LOCAL)),
-            ]
+    holds: dict[str, bool | None] = {
+        "e2e features are less robust across seeds than local ones": _less(across.get(E2E), across.get(LOCAL)),
+        "e2e features are less robust across seeds than e2e+ds ones": _less(across.get(E2E), across.get(E2E_DS)),
+        "the similarity of e2e+ds to local features is bimodal": None if test is None else test.is_bimodal,
+        "within an SAE, local features are less orthogonal than e2e ones": _less(within.get(E2E), within.get(LOCAL)),
+        "within an SAE, local features are less orthogonal than e2e+ds ones": _less(
+            within.get(E2E_DS), within.get(LOCAL)
         ),
-        tuple(evidence),
-    )
+    }
+    values = [max(value, 1e-9) for value in (increases or {}).values()]
+    if values and max(values) > ALIKE * min(values):
+        evidence.insert(
+            0, f"CE loss increases: not similar ({', '.join(f'{v:.3g}' for v in values)}), so nothing can be told"
+        )
+        holds = dict.fromkeys(holds)
+    if any(each.within.summary.n < MIN_FEATURES * len(each.within.pairs) for each in geometry.values()):
+        evidence.insert(0, f"alive features: fewer than {MIN_FEATURES} in an SAE, so nothing can be told")
+        holds = dict.fromkeys(holds)
+    return _finding("Geometry", claim, holds, evidence)
+
+
+def _finding(title: str, claim: str, holds: Mapping[str, bool | None], evidence: Sequence[str]) -> Finding:
+    parts: tuple[tuple[str, Verdict], ...] = tuple((part, _verdict([each])) for part, each in holds.items())
+    return Finding(title, claim, _verdict(list(holds.values())), tuple(evidence), parts)
+
+
+def _all(values: Iterable[bool | None]) -> bool | None:
+    """False where one is; None where one cannot be told, or there is none."""
+    found = list(values)
+    return False if False in found else None if None in found or not found else True
 
 
 def _mean(comparison: Comparison1D | None) -> Estimate | None:
@@ -172,27 +211,45 @@ def _mean(comparison: Comparison1D | None) -> Estimate | None:
 
 
 def _verdict(holds: Sequence[bool | None]) -> Verdict:
-    if any(each is False for each in holds):
-        return "not confirmed"
-    return "cannot be told" if any(each is None for each in holds) or not holds else "confirmed"
+    """Of the whole: where a part cannot be told, neither can it."""
+    if not holds or any(each is None for each in holds):
+        return "cannot be told"
+    return "confirmed" if all(holds) else "not confirmed"
 
 
 def _below(found: Ratio | None, limit: float) -> bool | None:
-    return None if found is None else found.estimate.high < limit
+    """None where the interval includes the limit."""
+    return None if found is None else _less(found.estimate, Estimate(limit, limit, limit))
 
 
 def _above(found: Ratio | None, limit: float) -> bool | None:
-    return None if found is None else found.estimate.low > limit
+    return None if found is None else _less(Estimate(limit, limit, limit), found.estimate)
 
 
 def _less(first: Estimate | None, second: Estimate | None) -> bool | None:
-    """Whether the intervals lie apart, in this order."""
-    return None if first is None or second is None else first.high < second.low
+    """Whether the first is less; None where the intervals overlap, or one is missing."""
+    if first is None or second is None:
+        return None
+    return True if first.high < second.low else False if second.high < first.low else None
 
 
-def _ratio_text(found: Ratio | None, x: str) -> str:
+def _why_not(subjects: Sequence[Subject], kind: str) -> str:
+    """Why a kind cannot be compared with local at equal something, where that is for want of SAEs; else empty."""
+    for each in (kind, LOCAL):
+        by_seed: dict[int | None, int] = {}
+        for subject in subjects:
+            if subject.kind == each:
+                by_seed[subject.seed] = by_seed.get(subject.seed, 0) + 1
+        if not by_seed:
+            return f"there is no {each} SAE"
+        if min(by_seed.values()) < 2:
+            return f"a curve needs {each} SAEs of at least two sparsities"
+    return ""
+
+
+def _ratio_text(found: Ratio | None, x: str, why_not: str) -> str:
     if found is None:
-        return f"cannot be told (no common range of {x})"
+        return f"cannot be told ({why_not or f'no common range of {x}'})"
     low, high = found.x_range
     text = f"{found.estimate.value:.3f} [{found.estimate.low:.3f}, {found.estimate.high:.3f}]"
     seeds = ", ".join(f"{value:.3f}" for value in found.by_seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from e2e_sae_plugin.build import load_language_model, quiet_override_warning
 from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_model
 from e2e_sae_plugin.demo.data import demo_tokens
+from e2e_sae_plugin.finetune.recipe import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +31,26 @@ def load_model_of(
     """The language model that an SAE's metadata name, or the one that is given.
 
     Raises:
-        ValueError: no model is known.
+        ValueError: no model is known, or a setting that it has no use for.
     """
     metadata = sae.cfg.metadata
     name = model_name or metadata.model_name
     if not name:
         raise ValueError("The SAE's metadata name no model. Give model_name (--model).")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"The model's dtype (--model-dtype) must be one of {list(DTYPES)}, got {dtype!r}.")
     if (bundled := bundled_model(name, device)) is not None:
+        if dtype is not None or model_class_name is not None:
+            raise ValueError(
+                "--model-dtype and --model-class have no effect on the bundled model, a HookedTransformer in float32. Leave "
+                "them out."
+            )
         return bundled
-    kwargs = dict(metadata.model_from_pretrained_kwargs or {})
-    if dtype is not None:
-        kwargs["dtype"] = dtype
-    return load_language_model(
-        model_class_name or metadata.model_class_name or "HookedTransformer", name, device, kwargs
-    )
+    model_class = model_class_name or metadata.model_class_name or "HookedTransformer"
+    kwargs = metadata.model_from_pretrained_kwargs
+    if kwargs is None:  # SAELens's own default
+        kwargs = {"center_writing_weights": False} if model_class == "HookedTransformer" else {}
+    return load_language_model(model_class, name, device, {**kwargs, **({} if dtype is None else {"dtype": dtype})})
 
 
 def evaluation_tokens(

@@ -14,7 +14,7 @@ from e2e_sae_plugin.comparison.charts import (
 )
 from e2e_sae_plugin.comparison.compare import Comparison, file_stem, mean_increase
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D
-from e2e_sae_plugin.comparison.findings import E2E, E2E_DS, ratio
+from e2e_sae_plugin.comparison.findings import ALIKE, E2E, E2E_DS, ratio
 from e2e_sae_plugin.comparison.published import PublishedSAE, published, published_at
 from e2e_sae_plugin.comparison.subjects import LOCAL, ordered_kinds
 from e2e_sae_plugin.report import CardGroup, Report, Section, SummaryLine, Table, write_report
@@ -47,7 +47,7 @@ def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report
     # The findings are about the paper's kinds: of others, such as before and after, there is nothing to say.
     findings = found.findings if len({LOCAL, E2E, E2E_DS} & set(kinds)) > 1 else ()
     summary = [
-        SummaryLine(f"{each.title}: {each.verdict}. {each.claim}", STATUS[each.verdict])  # pyright: ignore[reportArgumentType]
+        SummaryLine(f"{each.title}: {each.verdict} here. The paper's claim: {each.claim}", STATUS[each.verdict])  # pyright: ignore[reportArgumentType]
         for each in findings
     ]
     if findings:
@@ -71,6 +71,8 @@ def _findings(found: Comparison) -> Section:
         for each in found.findings
         for evidence in each.evidence
     )
+    parts = tuple((each.title, part, verdict) for each in found.findings for part, verdict in each.parts)
+    verdicts = Table("verdicts", "Part by part", "", ("finding", "part of the claim", "verdict"), parts)
     table = Table(
         "findings",
         "What they rest on",
@@ -81,8 +83,9 @@ def _findings(found: Comparison) -> Section:
     return Section(
         "The paper's findings",
         "What Braun et al. 2024 found on GPT2-small, put to the test on these SAEs. Ratios are geometric means along curves "
-        "that are interpolated in logarithms, over the range that all curves cover.",
-        tables=(table,),
+        "that are interpolated in logarithms, over the range that all curves cover. A part has a verdict where its 95 % "
+        "interval lies on one side of the threshold.",
+        tables=(verdicts, table),
     )
 
 
@@ -246,7 +249,14 @@ def _pathways(found: Comparison) -> Section:
         f"{kind} at {setting} ({mean_increase(found.groups[kind, setting], found.evaluations):.3g} nats)"
         for kind, setting in found.matched.items()
     )
+    increases = [
+        mean_increase(found.groups[kind, setting], found.evaluations) for kind, setting in found.matched.items()
+    ]
     text = f"Shown are the SAEs whose CE loss increases are most alike: {matched}." if len(found.matched) > 1 else ""
+    if max(increases) > ALIKE * min(increases):
+        text += (
+            " They are not alike, and what differs here may be due to that: train at sparsities of similar increases."
+        )
     return Section("By the same pathway?", text, charts=(*layer_charts(found), ratio_chart(found)), tables=tables)
 
 

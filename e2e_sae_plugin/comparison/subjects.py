@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.checkpoint.identity import fingerprint
 from e2e_sae_plugin.finetune.checks import same_model_name
-from e2e_sae_plugin.finetune.start import load_sae, same_weights
+from e2e_sae_plugin.finetune.start import load_quietly, same_weights
 
 LOCAL = "local"
 KIND_ORDER = (LOCAL, "e2e", "e2e+ds")
@@ -103,21 +102,14 @@ def _load(place: str, device: str) -> list[tuple[str, SAE[Any]]]:
         folders = [path] if (path / "cfg.json").is_file() else sorted(f.parent for f in path.glob("*/cfg.json"))
         if not folders:
             raise ValueError(f"The folder {place!r} holds no SAE: neither it nor a folder in it has a cfg.json.")
-        return [(folder.resolve().name, load_sae(folder, device=device)) for folder in folders]
+        return [(folder.resolve().name, load_quietly(folder, device=device)) for folder in folders]
     release, sign, sae_id = place.partition(":")
     if not sign:
         raise ValueError(
             f"There is no folder {place!r}. Expected a folder, or RELEASE:SAE_ID for one of SAELens's releases or a Hub "
             "repository."
         )
-    return [(f"{release}:{sae_id}", _quietly(release, sae_id, device))]
-
-
-def _quietly(source: str | Path, sae_id: str | None, device: str) -> SAE[Any]:
-    """Without SAELens's advice to load the model with the metadata's arguments, which `inputs` does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="\nThis SAE has non-empty model_from_pretrained_kwargs")
-        return load_sae(source, sae_id, device=device)
+    return [(f"{release}:{sae_id}", load_quietly(release, sae_id, device))]
 
 
 def check_same_model(subjects: Sequence[Subject]) -> None:

@@ -15,6 +15,7 @@ from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.evaluation.feature_card import ActivatingContext, FeatureCard
 from e2e_sae_plugin.evaluation.importance import FeatureImportance
 from e2e_sae_plugin.evaluation.metrics import encode_with
+from e2e_sae_plugin.evaluation.place import check_width
 from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import clean_micro_batch
@@ -78,6 +79,7 @@ def feature_cards(
         raise ValueError(f"window must be (tokens before, tokens after), 0 or more each, got {window}.")
     if not features:
         return []
+    check_width(model, sae, "The SAE", head_index)
     tops = _TopContexts(len(features), n_contexts, window)
     for first in range(0, len(tokens), batch_size_prompts):
         micro = clean_micro_batch(

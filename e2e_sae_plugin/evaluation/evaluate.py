@@ -79,6 +79,8 @@ def evaluate_many(
             temporal SAE; a training SAE whose estimated `normalize_activations` is not folded yet, as its scale is not
             known here.
     """
+    if not isinstance(saes, Mapping):
+        raise ValueError(f"saes must be a mapping of names to SAEs, got {type(saes).__name__}.")
     check_confidence(confidence)
     for setting, value in (("batch_size_prompts", batch_size_prompts), ("n_resamples", n_resamples)):
         if value < 1:
@@ -87,6 +89,11 @@ def evaluate_many(
     measured = {name: measured_form(name, sae) for name, sae in saes.items()}
     spliced_model = splice_at(model, place, list(saes.values()), list(saes))
     check_tokens(tokens, spliced_model.vocabulary)
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if isinstance(longest, int) and tokens.shape[1] > longest:
+        raise ValueError(
+            f"tokens has sequences of {tokens.shape[1]} tokens, but the model's context is {longest}. Cut them up."
+        )
     pieces = tokens.split(batch_size_prompts)
     bar = tqdm(total=2 * len(tokens), unit="seq", desc="Evaluating", disable=not progress)
     means, n_predicted = RunningMeans(), 0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.evaluation.metrics import encode_with
+from e2e_sae_plugin.evaluation.place import check_width, place_of, splice_at
 from e2e_sae_plugin.kernels.kl import chunk_tokens, fused_kl_sum
 from e2e_sae_plugin.splice import CleanPass, SplicedModel
 from e2e_sae_plugin.splice.activations import select_tokens
@@ -70,7 +71,7 @@ class FeatureImportance:
 @shape_checked
 def feature_importance(
     sae: SAE[Any],
-    model: SplicedModel,
+    model: Any,
     tokens: Int[Tensor, "prompts pos"],
     *,
     exact: Sequence[int] | int = 0,
@@ -98,7 +99,8 @@ def feature_importance(
     Args:
         sae: any SAE of SAELens whose reconstruction is `sae.decode` of its activations, in inference or training form
             (a BatchTopK in training form chooses its features by micro-batch: measure the saved one).
-        model: the model with the SAE's place in it, checked (`SplicedModel.check`).
+        model: the language model, in which the SAE's metadata name its place, positions and head (the arguments below
+            are for other ones); or a `SplicedModel`, with the SAE's place in it.
         exact: features to ablate, or how many of the most important by the estimate.
         n_samples: random vectors per sequence.
         batch_size_prompts: sequences (for `exact`, ablated copies of them) that go through the model at once. Memory is
@@ -109,8 +111,17 @@ def feature_importance(
         seed: of the random vectors.
 
     Raises:
-        ValueError: a feature that the SAE does not have, `n_samples` below 1, or no token to measure.
+        ValueError: a feature that the SAE does not have, `n_samples` below 1, no token to measure, or an SAE that does not
+            fit the place.
     """
+    if isinstance(model, SplicedModel):
+        check_width(model, sae, "The SAE", head_index)
+    else:
+        place = place_of(sae, model)
+        model = splice_at(model, place, [sae], ["The SAE"])
+        seqpos_slice = place.seqpos_slice if tuple(seqpos_slice) == (None,) else seqpos_slice
+        excluded = place.excluded_tensor() if excluded is None else excluded
+        head_index = place.head_index if head_index is None else head_index
     d_sae = len(sae.W_dec)
     wanted = [] if isinstance(exact, int) else list(dict.fromkeys(exact))
     if isinstance(exact, int) and exact < 0:

@@ -80,6 +80,18 @@ def splice_at(model: Any, place: Place, saes: Sequence[SAE[Any]], names: Sequenc
     spliced = splice_into(model, place.hook_name, needs_downstream=False)
     if spliced.position.default_downstream:  # none in the last block
         spliced = splice_into(model, place.hook_name)
+    for sae, name in zip(saes, names, strict=True):
+        check_width(spliced, sae, name, place.head_index)
+    return spliced
+
+
+def check_width(spliced: SplicedModel, sae: SAE[Any], name: str, head_index: int | None) -> None:
+    """Check the model, and that the SAE fits the place.
+
+    Raises:
+        ValueError: as `splice_at`.
+    """
+    place = Place(spliced.position.hook_name, head_index)
     shape = tuple(spliced.check().shape[2:])
     if place.head_index is not None and (len(shape) < 2 or not 0 <= place.head_index < shape[0]):
         raise ValueError(
@@ -87,10 +99,8 @@ def splice_at(model: Any, place: Place, saes: Sequence[SAE[Any]], names: Sequenc
             f"{f'heads 0 to {shape[0] - 1}' if len(shape) > 1 else 'no heads'}. Is it of another model, or of another hook?"
         )
     width = math.prod(shape) if place.head_index is None else shape[-1]
-    for sae, name in zip(saes, names, strict=True):
-        if sae.cfg.d_in != width:
-            raise ValueError(
-                f"{name} has d_in={sae.cfg.d_in}, but the activations at {place.hook_name!r} have "
-                f"{' x '.join(map(str, shape))} dimensions. Is it of another model, or of another hook?"
-            )
-    return spliced
+    if sae.cfg.d_in != width:
+        raise ValueError(
+            f"{name} has d_in={sae.cfg.d_in}, but the activations at {place.hook_name!r} have "
+            f"{' x '.join(map(str, shape))} dimensions. Is it of another model, or of another hook?"
+        )

@@ -121,7 +121,9 @@ class SAESums:
         if not bool((density > 0).any()):
             warnings.append(f"No feature of {name} fires on these tokens: the dictionary is dead.")
         if estimates.n_sequences < MIN_SEQUENCES:
-            warnings.append(f"The intervals come from {estimates.n_sequences} sequences alone and mean little.")
+            warnings.append(
+                f"The intervals come from so few sequences ({estimates.n_sequences}) that they mean little."
+            )
         if sae.cfg.normalize_activations in ESTIMATED_NORMALISATIONS:
             warnings.append(
                 f"{name} was trained on scaled activations (normalize_activations={sae.cfg.normalize_activations!r}) and "

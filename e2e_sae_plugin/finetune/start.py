@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from safetensors import SafetensorError
 
 ESTIMATED_NORMALISATIONS = ("expected_average_only_in", "covariance_whitening")
 # The setting that keeps an architecture sparse while its weights move. Those that fix L0 by themselves have none.
@@ -27,8 +29,8 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
         device: where to put it.
 
     Raises:
-        ValueError: a folder without an SAE, a release or repository without `sae_id`, or a `sae_id` beside a folder or
-            an SAE, where it means nothing.
+        ValueError: a folder without an SAE or with a damaged one, a release or repository without `sae_id`, or a `sae_id`
+            beside a folder or an SAE, where it means nothing.
     """
     if not isinstance(source, SAE | str | Path):
         raise ValueError(f"An SAE is named by a folder, a release or a repository, got {source!r}.")
@@ -39,7 +41,10 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
             return source
         if not (Path(source) / "cfg.json").is_file():
             raise ValueError(f"The folder {str(source)!r} holds no SAE: it has no cfg.json.")
-        return SAE.load_from_disk(str(source), device=device)
+        try:
+            return SAE.load_from_disk(str(source), device=device)
+        except SafetensorError as error:
+            raise ValueError(f"The SAE in {str(source)!r} is damaged: {error}. Fetch or save it again.") from error
     if Path(source).is_file():
         raise ValueError(f"{str(source)!r} is a file. Give the folder that it lies in.")
     if sae_id is None:
@@ -48,6 +53,13 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
             "sae_id (--sae-id)."
         )
     return SAE.from_pretrained(str(source), sae_id, device=device)
+
+
+def load_quietly(source: str | Path, sae_id: str | None = None, device: str = "cpu") -> SAE[Any]:
+    """`load_sae` without SAELens's advice to load the model with the metadata's arguments, for who does so anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="\nThis SAE has non-empty model_from_pretrained_kwargs")
+        return load_sae(source, sae_id, device=device)
 
 
 def training_config(

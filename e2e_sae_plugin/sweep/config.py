@@ -246,8 +246,14 @@ class SweepConfig:
                 raise ValueError(f"{name} of the sweep must be a mapping, got {settings[name]!r}.")
         kinds: dict[str, SweepKind] = {}
         for name, given in settings["kinds"].items():
+            if isinstance(given, Mapping):
+                require_known_keys(given, {*OWN_FIELDS, "sparsities", *_SHARED}, f"kinds.{name}")
             if not isinstance(given, Mapping) or not {"objective", "sparsities"} <= set(given):
-                raise ValueError(f"kinds.{name} must be a mapping with an objective and sparsities, got {given!r}.")
+                missing = {"objective", "sparsities"} - set(given if isinstance(given, Mapping) else ())
+                raise ValueError(
+                    f"kinds.{name} must be a mapping with an objective and sparsities; {' and '.join(sorted(missing))} "
+                    f"missing in {given!r}."
+                )
             own = {key: value for key, value in given.items() if key not in ("objective", "sparsities")}
             sparsities: Any = given["sparsities"]
             if isinstance(sparsities, list | tuple):
@@ -273,6 +279,7 @@ class SweepConfig:
         return cls.from_dict(content)
 
 
+_SHARED = {f.name for f in fields(E2ESAERunnerConfig)}  # known, and refused with another message
 _WHOLE = ("k", "max_iterations")
 
 

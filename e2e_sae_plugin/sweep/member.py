@@ -50,7 +50,7 @@ class MemberRunner(E2ESAETrainingRunner):
         self.status: Status = "training"
         config = copy.copy(member.config)
         config.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-        with quiet_override_warning(True):
+        with quiet_override_warning(True, ("model", "dataset")):  # both are shared, as the config says
             super().__init__(
                 config,
                 override_model=model,

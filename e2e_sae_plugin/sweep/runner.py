@@ -20,6 +20,7 @@ from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
 from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import run_identity
 from e2e_sae_plugin.checkpoint.lock import locked
+from e2e_sae_plugin.finetune.start import load_quietly
 from e2e_sae_plugin.interruption import StopRequest, run_interrupted, stop_on_signals
 from e2e_sae_plugin.output_folder import holds_another_run, is_finished, output_is_finished
 from e2e_sae_plugin.seekable_store import RowPosition
@@ -78,7 +79,7 @@ class SweepRunner:
         self.checkpoints = None if path is None else SweepCheckpoints(Path(path), "" if n == 1 else f"-{index}-of-{n}")
 
     def run(self) -> dict[str, SAE[Any] | None]:
-        """Train what is not finished; returns the SAEs by name, None for one that failed.
+        """Train what is not finished; returns the SAEs by name, on the CPU, None for one that failed.
 
         Raises:
             ValueError: the first SAE's config does not fit model or data, or the data has changed since the checkpoint.
@@ -106,7 +107,7 @@ class SweepRunner:
                 f"All {len(self.members)} SAEs of the sweep failed: {self._failure(next(iter(self.members)))}"
             )
         return {
-            name: SAE.load_from_disk(str(member.config.output_path), device=str(member.config.device))
+            name: load_quietly(str(member.config.output_path), device="cpu")  # all of them may be too many for a GPU
             if self.statuses[name] == "finished"
             else None
             for name, member in self.members.items()
