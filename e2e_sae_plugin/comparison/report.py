@@ -67,7 +67,7 @@ def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report
 
 def _findings(found: Comparison) -> Section:
     rows = tuple(
-        (each.title, each.verdict, evidence.partition(": ")[0], evidence.partition(": ")[2])
+        (each.title, evidence.partition(": ")[0], evidence.partition(": ")[2])
         for each in found.findings
         for evidence in each.evidence
     )
@@ -77,7 +77,7 @@ def _findings(found: Comparison) -> Section:
         "findings",
         "What they rest on",
         "",
-        ("finding", "verdict", "what was measured", "value [95 % interval]"),
+        ("finding", "what was measured", "value [95 % interval]"),
         rows,
     )
     return Section(
