@@ -8,6 +8,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # processes beside each other: with several threads each they wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _variable in ("WANDB_MODE", "WANDB_API_KEY"):
     os.environ.pop(_variable, None)
 

@@ -78,7 +78,7 @@ def test_the_report_of_a_comparison_is_shown_whole(
         cards = sum(len(each) for each in found.cards.values())
         assert cards > len(found.subjects)
         assert visit.page.locator(".card").count() == cards
-        assert visit.page.locator(".table table").count() == 10
+        assert visit.page.locator(".table table").count() == 11
         assert min(visit.contrasts("p, li, td, th, figcaption, h1, h2, h3, h4, mark")) >= 4.5
         visit.screenshot(tmp_path / "page.png")
         visit.page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")

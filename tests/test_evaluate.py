@@ -624,7 +624,7 @@ def test_a_perfect_sae_costs_nothing():
 def test_one_sequence():
     found = evaluate(sae_at(), tiny_hooked_transformer(), token_batch(1), **FEW)
     assert all_finite(found)
-    assert found.warnings == ("The intervals come from 1 sequences alone and mean little.",)
+    assert found.warnings == ("The intervals come from so few sequences (1) that they mean little.",)
     for estimate in found.metrics.values():
         assert estimate is not None
         assert estimate.low == pytest.approx(estimate.value) == estimate.high

@@ -268,11 +268,14 @@ def clean_passes(
         stack.enter_context(models[0]._hooked(functions))
         entering = [stack.enter_context(model._capture_block_input()) for model in models]
         final = models[0]._run_until_caught(context, None)
+    caught_later = {
+        hook: caught[hook] for hook in later if hook in caught
+    }  # `check` refuses what a pass does not reach
     passes: list[CleanPass] = []
     for model, block_input in zip(models, entering, strict=True):
         activation = caught[model.position.hook_name]
         start = activation if model.position.enters_block else block_input[0]
-        passes.append(CleanPass(activation, start, {hook: caught[hook] for hook in later}, final, context))
+        passes.append(CleanPass(activation, start, caught_later, final, context))
     return passes
 
 
