@@ -613,8 +613,8 @@ def test_the_report_has_every_table_and_chart(whole: Comparison, tmp_path: Path)
     report = comparison_report(whole, "Mine")
     assert report.title == "Mine"
     assert [table.name for table in report.tables] == [
-        "verdicts", "findings", "saes", "agreement", "reconstruction", "ratios", "layers", "layers_per_token", "l2_ratios", "geometry",
-        "modes",
+        "verdicts", "findings", "saes", "agreement", "reconstruction",
+        "ratios", "layers", "layers_per_token", "l2_ratios", "geometry", "modes",
     ]  # fmt: skip
     assert [line.status for line in report.summary] == [
         {"confirmed": "ok", "not confirmed": "not", "cannot be told": "unclear"}[each.verdict]

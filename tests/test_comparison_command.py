@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import StandardSAE, StandardSAEConfig
 from test_comparison import made_up_sae, put
 
 from e2e_sae_plugin.cli import main
@@ -219,3 +220,27 @@ def test_the_model_is_the_metadatas_or_the_one_that_is_given(folder: Path, demo_
         ("HookedTransformer", "gpt2", "cpu", {"center_writing_weights": False, "dtype": "bfloat16"}),
         ("AutoModelForCausalLM", "gpt2", "cpu", {"center_writing_weights": False}),
     ]
+
+
+def test_a_damaged_sae_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "sae"
+    made = StandardSAE(StandardSAEConfig(d_in=128, d_sae=64))
+    made.cfg.metadata.model_name, made.cfg.metadata.hook_name = "e2e-sae-demo", "blocks.3.hook_resid_pre"
+    made.save_model(folder)
+    weights = folder / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert main(["evaluate", str(folder)]) == 2
+    assert f"The SAE in {str(folder)!r} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--model-dtype", "foo"], ["--model-dtype", "bfloat16"], ["--model-class", "TransformerBridge"]]
+)
+def test_settings_without_effect_on_the_bundled_model_are_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    made = StandardSAE(StandardSAEConfig(d_in=128, d_sae=64))
+    made.cfg.metadata.model_name, made.cfg.metadata.hook_name = "e2e-sae-demo", "blocks.3.hook_resid_pre"
+    made.save_model(tmp_path / "sae")
+    assert main(["evaluate", str(tmp_path / "sae"), *flags]) == 2
+    assert flags[0] in capsys.readouterr().err

@@ -337,3 +337,19 @@ def test_what_cannot_be_measured_is_refused(settings: dict[str, Any], message: s
         feature_importance(
             training_sae(runner_config()), checked_splice(tiny_hooked_transformer()), token_batch(2), **settings
         )
+
+
+def test_a_plain_model_is_spliced_where_the_metadata_say_and_a_wrong_width_is_refused():
+    model = shared_model("hooked_transformer")
+    sae = training_sae(runner_config("standard"))
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
+    tokens = token_batch(4, 8)
+    plain = feature_importance(sae, model, tokens, exact=2)
+    spliced = feature_importance(sae, splice_into(model, "blocks.1.hook_resid_pre"), tokens, exact=2)  # not checked yet
+    assert torch.equal(plain.kl, spliced.kl)
+    assert plain.exact == spliced.exact
+    other = training_sae(runner_config("standard", sae={"d_in": 8}))
+    with pytest.raises(
+        ValueError, match=r"d_in=8, but the activations at 'blocks\.1\.hook_resid_pre' have 16 dimensions"
+    ):
+        feature_importance(other, splice_into(model, "blocks.1.hook_resid_pre"), tokens)

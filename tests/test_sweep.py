@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -626,3 +627,31 @@ def test_the_parts_of_a_sweep_give_what_one_process_gives(tmp_path: Path):
     assert list(first)[:2] == ["local-0.01-seed0", "e2e+ds-0.02-seed0"]
     assert first.keys().isdisjoint(second) and len(first) + len(second) == 6  # noqa: PT018
     assert_same_sweep(tmp_path, tmp_path / "whole", 6)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "name"),
+    [
+        ({"objective": "e2e"}, {}, "objective"),
+        ({"seed": 3}, {"seeds": [0, 1]}, "seed"),
+        (
+            {"sae": {"architecture": "standard", "d_in": 16, "d_sae": 32, "l1_coefficient": 1.0}},
+            {},
+            "sae.l1_coefficient",
+        ),
+    ],
+)
+def test_what_the_grid_sets_is_refused_in_the_base(
+    base: dict[str, Any], change: dict[str, Any], name: str, tmp_path: Path
+):
+    given = settings(tmp_path)
+    with pytest.raises(ValueError, match=rf"base\.{re.escape(name)} has no effect: the sweep sets it for each SAE"):
+        SweepConfig.from_dict({**given, "base": {**given["base"], **base}, **change})
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    cfg = SweepConfig.from_dict({**settings(tmp_path), "output_path": str(tmp_path / "file")})
+    with pytest.raises(ValueError, match=r"is a file\. Name a folder"):
+        SweepRunner(cfg)
+    assert (tmp_path / "file").read_text() == "mine"

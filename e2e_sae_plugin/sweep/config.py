@@ -133,6 +133,8 @@ class SweepConfig:
                 "base.logger.log_to_wandb=True is refused in a sweep: its SAEs would write into one run of Weights & "
                 "Biases. Each of them writes metrics.jsonl into its folder; set log_to_wandb to False."
             )
+        if isinstance(self.base, Mapping):  # of a config, whose fields all have a value, nothing is known to be meant
+            self._refuse_what_the_grid_sets(base)
         for name in ("resume_from_checkpoint", "adapter", "from_pretrained_path"):
             if base.get(name) not in (None, "none"):
                 raise ValueError(f"base.{name}={base[name]!r} is refused in a sweep, which trains new SAEs.")
@@ -148,6 +150,21 @@ class SweepConfig:
                 f"base.checkpoint_every_minutes must be a finite number above 0, or None for none, got {every!r}."
             )
         return base
+
+    def _refuse_what_the_grid_sets(self, base: dict[str, Any]) -> None:
+        sae = base.get("sae")
+        architecture = sae.get("architecture", "") if isinstance(sae, Mapping) else ""
+        given = {
+            "objective": ("objective" in base, "kinds"),
+            "seed": ("seed" in base and self.seeds is not None, "seeds"),
+            f"sae.{SPARSITY_FIELD.get(architecture)}": (
+                isinstance(sae, Mapping) and SPARSITY_FIELD.get(architecture) in sae,
+                "kinds, as sparsities",
+            ),
+        }
+        for name, (is_given, where) in given.items():
+            if is_given:
+                raise ValueError(f"base.{name} has no effect: the sweep sets it for each SAE. Set it in {where} alone.")
 
     def _check_kind(self, name: str, kind: SweepKind) -> None:
         if not NAME.fullmatch(name):

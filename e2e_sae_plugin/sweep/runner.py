@@ -68,6 +68,9 @@ class SweepRunner:
         index, n = part
         if not 1 <= index <= n:
             raise ValueError(f"part={part!r} must be (i, n) with 1 <= i <= n.")
+        for name, folder in (("output_path", cfg.output_path), ("checkpoint_path", cfg.checkpoint_path)):
+            if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+                raise ValueError(f"{name} of the sweep, {str(folder)!r}, is a file. Name a folder.")
         self.cfg, self.part = cfg, part
         everyone = cfg.members()
         if n > len(everyone):
