@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing import ArgumentParser, subgroups
 
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.comparison.command import compare_command, evaluate_command
-from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig
+from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig, read_yaml
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.faults import NonFiniteError
@@ -113,14 +112,7 @@ def load_config(path: Path, **overrides: Any) -> E2ESAERunnerConfig:
     Raises:
         ValueError: there is no such file, it is no mapping, or it holds an unknown key or a refused value.
     """
-    if not path.is_file():
-        raise ValueError(f"--config: there is no file {str(path)!r}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config: {str(path)!r} must hold a mapping of settings, got {type(content).__name__}.")
+    content = read_yaml(path)
     return E2ESAERunnerConfig.from_dict({**content, **overrides})
 
 

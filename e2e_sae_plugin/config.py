@@ -9,8 +9,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
@@ -216,6 +218,23 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             # A saved config already carries the run's id, which __post_init__ appends to the path again.
             config.checkpoint_path = cfg_dict["checkpoint_path"]
         return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) file that --config names.
+
+    Raises:
+        ValueError: there is no such file, it is not valid, or it holds no mapping.
+    """
+    if not path.is_file():
+        raise ValueError(f"--config: there is no file {str(path)!r}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config: {str(path)!r} must hold a mapping of settings, got {type(content).__name__}.")
+    return content
 
 
 def require_known_keys(given: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
-from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, require_known_keys
+from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, read_yaml, require_known_keys
 from e2e_sae_plugin.objective import Objective
 
 SPARSITY_FIELD = {
@@ -285,15 +283,7 @@ class SweepConfig:
         Raises:
             ValueError: there is no such file, it is no mapping, or `from_dict` refuses it.
         """
-        if not path.is_file():
-            raise ValueError(f"--config: there is no file {str(path)!r}.")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config: {str(path)!r} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"--config: {str(path)!r} must hold a mapping, got {type(content).__name__}.")
-        return cls.from_dict(content)
+        return cls.from_dict(read_yaml(path))
 
 
 _SHARED = {f.name for f in fields(E2ESAERunnerConfig)}  # known, and refused with another message

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import time
@@ -13,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
 from tqdm.auto import tqdm
 
 from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
-from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import run_identity
 from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.finetune.start import load_quietly
@@ -29,11 +25,10 @@ from e2e_sae_plugin.sweep.checkpoints import SweepCheckpoints
 from e2e_sae_plugin.sweep.config import SweepConfig, SweepMember
 from e2e_sae_plugin.sweep.member import FAILURE_FILENAME, MemberRunner
 from e2e_sae_plugin.sweep.stream import SharedBatches
+from e2e_sae_plugin.sweep.summary import write_summary
 from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
 logger = logging.getLogger(__name__)
-
-SUMMARY_FILENAME = "sweep.csv"
 
 
 class SweepFailed(RuntimeError):
@@ -101,10 +96,10 @@ class SweepRunner:
             with locked(*folders), stop_on_signals() as stop_request:
                 self._train(waiting, stop_request)
             if stop_request.signal_number is not None:  # it came when the last step was done
-                self._write_summary()
+                write_summary(self.cfg)
                 logger.warning("The sweep had ended when the signal came; there is nothing to resume.")
                 raise run_interrupted(stop_request.signal_number, None)
-        self._write_summary()
+        write_summary(self.cfg)
         if all(status == "failed" for status in self.statuses.values()):
             raise SweepFailed(
                 f"All {len(self.members)} SAEs of the sweep failed: {self._failure(next(iter(self.members)))}"
@@ -271,7 +266,7 @@ class SweepRunner:
             assert runner.reader is not None
             batches.leave(runner.reader)
             del training[name]
-            self._write_summary()
+            write_summary(self.cfg)
 
     def _show(self, bar: Any, runners: dict[str, MemberRunner], training: dict[str, MemberRunner]) -> None:
         done = sum(
@@ -321,34 +316,8 @@ class SweepRunner:
         path = Path(str(self.members[name].config.output_path)) / FAILURE_FILENAME
         return json.loads(path.read_text())["error"] if path.exists() else ""
 
-    def _write_summary(self) -> None:
-        """`sweep.csv`: every SAE of the sweep, of all its parts."""
-        text = io.StringIO()
-        writer = csv.writer(text)
-        columns = ("ce_loss_increase", "held_out_kl", "held_out_l0", "held_out_explained_variance")
-        writer.writerow(["name", "kind", "sparsity", "seed", "hook_name", "status", *columns])
-        for name, member in self.cfg.members().items():
-            folder = Path(str(member.config.output_path))
-            failed = (folder / FAILURE_FILENAME).exists()
-            status = "finished" if (folder / SAE_CFG_FILENAME).exists() else "failed" if failed else "not finished"
-            values = _last_evaluation(folder) if status == "finished" else {}
-            figures = [values.get(f"metrics/{column}", "") for column in columns]
-            writer.writerow([name, member.kind, member.sparsity, member.seed, member.hook_name, status, *figures])
-        Path(self.cfg.output_path).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(self.cfg.output_path) / SUMMARY_FILENAME, text.getvalue())
-
     def _say(self, text: str) -> None:
         if self.cfg.verbose:
             tqdm.write(text)
         else:
             logger.info("%s", text)
-
-
-def _last_evaluation(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        entry = json.loads(line)
-        if "metrics/ce_loss_increase" in entry:
-            found = entry
-    return found
