@@ -555,7 +555,11 @@ def test_without_a_word_about_it_nothing_goes_to_weights_and_biases(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("- a list", "must hold a mapping of settings, got list"), ("a: [", "is not valid YAML"), (None, "there is no file")],
+    [
+        ("- a list", "must hold a mapping of settings, got list"),
+        ("a: [", "is not valid YAML"),
+        (None, "there is no file"),
+    ],
 )
 def test_files_that_are_refused(content: str | None, message: str, tmp_path: Path):
     path = tmp_path / "sweep.yaml"
