@@ -1,0 +1,1 @@
+"""Sharing SAEs on the Hugging Face Hub, and loading shared ones."""
