@@ -5,12 +5,17 @@ from e2e_sae_plugin.checkpoint import DamagedCheckpointError as DamagedCheckpoin
 from e2e_sae_plugin.comparison import compare as compare
 from e2e_sae_plugin.comparison import write_comparison as write_comparison
 from e2e_sae_plugin.config import E2ESAERunnerConfig as E2ESAERunnerConfig
+from e2e_sae_plugin.convert import convert as convert
 from e2e_sae_plugin.evaluation import evaluate as evaluate
 from e2e_sae_plugin.evaluation import feature_importance as feature_importance
 from e2e_sae_plugin.faults import NonFiniteError as NonFiniteError
 from e2e_sae_plugin.finetune import FinetuneRunner as FinetuneRunner
 from e2e_sae_plugin.finetune import finetune_config as finetune_config
 from e2e_sae_plugin.finetune import load_sae as load_sae
+from e2e_sae_plugin.hub.calls import HubError as HubError
+from e2e_sae_plugin.hub.load import load_pretrained as load_pretrained
+from e2e_sae_plugin.hub.published import list_pretrained as list_pretrained
+from e2e_sae_plugin.hub.upload import push_to_hub as push_to_hub
 from e2e_sae_plugin.interruption import RunInterrupted as RunInterrupted
 from e2e_sae_plugin.objective import Objective as Objective
 from e2e_sae_plugin.presets import paper_config as paper_config

@@ -1,4 +1,4 @@
-"""The command line: `e2e-sae train`, `e2e-sae finetune`, `e2e-sae demo`."""
+"""The command line: `e2e-sae <command>`."""
 
 import argparse
 import dataclasses
@@ -19,9 +19,12 @@ from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.comparison.command import compare_command, evaluate_command
 from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig, read_yaml
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
+from e2e_sae_plugin.convert.command import convert_command
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.finetune.command import finetune
+from e2e_sae_plugin.hub.pretrained_command import pretrained_command
+from e2e_sae_plugin.hub.push_command import push_command
 from e2e_sae_plugin.interruption import RunInterrupted
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
@@ -38,6 +41,9 @@ commands:
   sweep      train many SAEs side by side on one clean pass: objectives x sparsities x seeds
   evaluate   measure one SAE: what it costs the model, how sparse it is, what becomes of later layers
   compare    several SAEs on one page: Pareto fronts, pathways, geometry, the most important features
+  push       share SAEs on the Hugging Face Hub, with a model card, in one commit
+  pretrained the published end-to-end SAEs of GPT-2 and how to load them
+  convert    checkpoints and configs of the paper's authors' library -> SAELens SAEs
   demo       train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
 
 e2e-sae <command> --help explains a command."""
@@ -58,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands = {"train": train, "finetune": finetune, "sweep": sweep, "demo": demo}
     commands |= {"evaluate": evaluate_command, "compare": compare_command}
+    commands |= {"push": push_command, "pretrained": pretrained_command, "convert": convert_command}
     if argv[0] not in commands:
         print(f"{USAGE}\n\ne2e-sae: unknown command {argv[0]!r}, expected one of {sorted(commands)}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 
 from e2e_sae_plugin.adapters import AdapterKind
 from e2e_sae_plugin.architectures import check_dtype, check_normalisation
-from e2e_sae_plugin.config_checks import check_schedule, check_start, check_values
+from e2e_sae_plugin.config_checks import check_schedule, check_sharing, check_start, check_values
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
 from e2e_sae_plugin.objective import Objective
 
@@ -67,6 +67,12 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         max_skipped_steps (int): steps in a row with a loss or gradient that is not finite, all of them skipped, after
             which the run stops. Default 10.
         overwrite_output (bool): replace another run that `output_path` holds. Default False: it is refused.
+        push_to_hub (str, optional): the Hugging Face Hub repository, `owner/name`, that the finished SAE is uploaded to. A
+            failing upload does not fail the run: the log says how to repeat it. Default None.
+        hub_private (bool): a repository that is created for it is private. Default False.
+        hub_revision (str, optional): the branch; None for main.
+        hub_sae_id (str, optional): the SAE's id there; None for the name of its hook.
+        hub_checkpoints (bool): also upload the SAEs of the `n_checkpoints`, as `<id>/checkpoints/<tokens>`. Default False.
 
     `resume_from_checkpoint` takes a checkpoint's folder, or "auto": the newest whole checkpoint of this run below
     `checkpoint_path`, if there is one. The run goes on as if it had not stopped.
@@ -89,6 +95,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10
     overwrite_output: bool = False
+    push_to_hub: str | None = None
+    hub_private: bool = False
+    hub_revision: str | None = None
+    hub_sae_id: str | None = None
+    hub_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         for name in ("output_path", "checkpoint_path", "resume_from_checkpoint", "from_pretrained_path"):
@@ -102,6 +113,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         check_normalisation(self.sae.architecture(), self.sae.normalize_activations, self.objective.auxiliary)
         check_dtype(self.sae.architecture(), self.sae.dtype, bool(self.autocast))
         check_start(self)
+        check_sharing(self)
         self._check_batch()
         check_schedule(self)
 

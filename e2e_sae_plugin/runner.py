@@ -27,6 +27,7 @@ from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import measure
+from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.output_folder import mark_output, output_is_finished, write_configs
@@ -80,6 +81,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     ):
         if cfg.logger.log_to_wandb:
             check_wandb_login()
+        warn_without_token(cfg)
         check_device(cfg)
         self.identity = run_identity(override_model, override_sae)
         self.is_finished = cfg.resume_from_checkpoint == AUTO and output_is_finished(cfg, self.identity)
@@ -119,11 +121,19 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.evaluation_tokens = held_out if cfg.n_eval_batches > 0 else None
 
     def run(self) -> SAE[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Train, save, and return the SAE; of a run that `"auto"` finds finished, the SAE that it has saved.
+        """Train, save, share if that is asked, and return the SAE; of a run that `"auto"` finds finished, the SAE that it
+        has saved.
 
         Re-implemented because the host builds its trainer inside `run`; a test fails when the installed host's version
         of it changes.
         """
+        sae = self._train_and_save()
+        push = push_finished_run(self.cfg, self.run_folder or run_folder_of(self.cfg, None))
+        if push is not None:
+            self._say(f"\n{push}")
+        return sae
+
+    def _train_and_save(self) -> SAE[Any]:
         if self.is_finished:
             assert self.cfg.output_path is not None
             with locked(Path(self.cfg.output_path)):

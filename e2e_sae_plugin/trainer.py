@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     SAE_CFG_FILENAME,
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.checkpoint import state as trainer_state
 from e2e_sae_plugin.checkpoint.checkpointer import Checkpointer
+from e2e_sae_plugin.checkpoint.finished import fold_activation_scaling
 from e2e_sae_plugin.checkpoint.folder import CheckpointKind
 from e2e_sae_plugin.checkpoint.run_folder import RunFolder
 from e2e_sae_plugin.config import E2ESAERunnerConfig
@@ -130,7 +130,7 @@ class E2ESAETrainer(SplicedStepTrainer):
                 logger.info("The run ends with the weights of its lowest held-out KL, %.6g.", self.early_stop.lowest)
                 self.evaluate()
         self._keep_unfolded()
-        self.fold_activation_scaling()
+        fold_activation_scaling(self.sae, self.activation_scaler)
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
             self.checkpointer.finished(self)
@@ -160,21 +160,6 @@ class E2ESAETrainer(SplicedStepTrainer):
         """
         if self.stop_request:
             raise Stopped
-
-    @torch.no_grad()
-    def fold_activation_scaling(self) -> None:
-        """Fold an estimated activation normalisation into the SAE's weights, as SAELens does at the end of `fit`."""
-        if self.activation_scaler.scaling_factor is not None:
-            self.sae.fold_activation_norm_scaling_factor(self.activation_scaler.scaling_factor)
-            self.activation_scaler.scaling_factor = None
-        if self.activation_scaler.whitening is not None:
-            whitening = self.activation_scaler.whitening
-            self.sae.fold_activation_whitening(
-                mean=whitening.mean,
-                whitening_matrix=whitening.matrix,
-                unwhitening_matrix=whitening.inverse_matrix,
-            )
-            self.activation_scaler.whitening = None
 
     # Checkpoints.
 

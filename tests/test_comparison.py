@@ -21,15 +21,15 @@ from test_findings import made_up
 from e2e_sae_plugin.comparison import Comparison, Subject, compare, load_subjects, write_comparison
 from e2e_sae_plugin.comparison.charts import pareto_charts, ratio_chart, short_hook
 from e2e_sae_plugin.comparison.compare import file_stem
-from e2e_sae_plugin.comparison.published import (
+from e2e_sae_plugin.comparison.report import comparison_report
+from e2e_sae_plugin.comparison.subjects import check_finite, check_same_model, kind_of, ordered_kinds, subject
+from e2e_sae_plugin.evaluation.estimate import Estimate
+from e2e_sae_plugin.hub.published import (
     published,
     published_at,
     published_l2_ratios_at,
     published_saes,
 )
-from e2e_sae_plugin.comparison.report import comparison_report
-from e2e_sae_plugin.comparison.subjects import check_finite, check_same_model, kind_of, ordered_kinds, subject
-from e2e_sae_plugin.evaluation.estimate import Estimate
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.presets import PAPER_LAMBDA
 from e2e_sae_plugin.report.page import markdown, page
@@ -218,14 +218,20 @@ def test_sources_without_an_sae_are_refused(folder: Path, source: str, message: 
 def test_a_release_is_asked_for_by_name_and_id(monkeypatch: pytest.MonkeyPatch):
     asked: list[tuple[str, str]] = []
 
-    def from_pretrained(release: str, sae_id: str, device: str) -> SAE[Any]:
+    def load_pretrained(release: str, sae_id: str, device: str) -> SAE[Any]:
         asked.append((release, sae_id))
         return made_up_sae()
 
-    monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
-    found = load_subjects(["gpt2-small-res-jb:blocks.6.hook_resid_pre", "mine=me/my-saes:layer_6/k=4"])
-    assert asked == [("gpt2-small-res-jb", "blocks.6.hook_resid_pre"), ("me/my-saes", "layer_6/k=4")]
-    assert [each.name for each in found] == ["gpt2-small-res-jb:blocks.6.hook_resid_pre", "mine"]
+    monkeypatch.setattr("e2e_sae_plugin.finetune.start.load_pretrained", load_pretrained)
+    found = load_subjects(
+        ["gpt2-small-res-jb:blocks.6.hook_resid_pre", "mine=me/my-saes:layer_6/k=4", "me/my-saes@v=2:layer_6"]
+    )
+    assert asked == [
+        ("gpt2-small-res-jb", "blocks.6.hook_resid_pre"), ("me/my-saes", "layer_6/k=4"), ("me/my-saes@v=2", "layer_6"),
+    ]  # fmt: skip
+    assert [each.name for each in found] == [
+        "gpt2-small-res-jb:blocks.6.hook_resid_pre", "mine", "me/my-saes@v=2:layer_6",
+    ]  # fmt: skip
 
 
 def test_other_models_and_tokenizers_are_refused_and_silent_metadata_hide_nothing():

@@ -27,7 +27,8 @@ AUTO = "auto"
 # Where a run is written, on what it runs, how it reports, how it is guarded: none of it is part of what is computed.
 MAY_DIFFER = frozenset(
     {
-        "act_store_device", "checkpoint_every_minutes", "checkpoint_path", "device", "keep_checkpoints", "llm_device",
+        "act_store_device", "checkpoint_every_minutes", "checkpoint_path", "device", "hub_checkpoints", "hub_private",
+        "hub_revision", "hub_sae_id", "keep_checkpoints", "llm_device", "push_to_hub",
         "logger", "max_skipped_steps", "n_checkpoints", "output_path", "overwrite_output", "resume_from_checkpoint",
         "sae_lens_training_version", "sae_lens_version", "save_final_checkpoint", "verbose",
         # Buffers and batches of the host's that are not used here, and the micro-batch, which changes rounding alone.

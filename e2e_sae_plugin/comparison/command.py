@@ -20,9 +20,9 @@ from e2e_sae_plugin.finetune.command import number_of_tokens
 from e2e_sae_plugin.preflight import check_device_name
 
 SOURCES = """\
-An SAE is a folder, or RELEASE:SAE_ID for one of SAELens's releases or a Hub repository. A folder of several SAEs, such as
-a sweep's, stands for all of them. LABEL=SAE gives it a name and a kind of its own. Model, hook and data come from the
-metadata of the first SAE; flags win over them."""
+An SAE is a folder, RELEASE:SAE_ID for one of SAELens's releases, or OWNER/REPO:SAE_ID (OWNER/REPO@REVISION:SAE_ID) for one
+of a Hub repository. A folder of several SAEs, such as a sweep's, stands for all of them. LABEL=SAE gives it a name and a
+kind of its own. Model, hook and data come from the metadata of the first SAE; flags win over them."""
 
 EVALUATE = """Measure one SAE: what it costs the model, how sparse it is, what becomes of later layers. Prints a table with
 95 % intervals."""

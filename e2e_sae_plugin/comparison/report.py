@@ -15,8 +15,8 @@ from e2e_sae_plugin.comparison.charts import (
 from e2e_sae_plugin.comparison.compare import Comparison, file_stem, mean_increase
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D
 from e2e_sae_plugin.comparison.findings import ALIKE, E2E, E2E_DS, ratio
-from e2e_sae_plugin.comparison.published import PublishedSAE, published, published_at
 from e2e_sae_plugin.comparison.subjects import LOCAL, ordered_kinds
+from e2e_sae_plugin.hub.published import PublishedSAE, published, published_at
 from e2e_sae_plugin.report import CardGroup, Report, Section, SummaryLine, Table, write_report
 from e2e_sae_plugin.report.table import Cell
 

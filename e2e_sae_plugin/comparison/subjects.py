@@ -12,7 +12,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from e2e_sae_plugin.checkpoint.identity import fingerprint
-from e2e_sae_plugin.finetune.checks import same_model_name
+from e2e_sae_plugin.evaluation.place import same_model_name
 from e2e_sae_plugin.finetune.start import load_quietly, same_weights
 
 LOCAL = "local"
@@ -69,8 +69,9 @@ def load_subjects(sources: Sequence[str], device: str = "cpu") -> list[Subject]:
     """SAEs from folders (of one SAE, or of several, such as a sweep's), releases or repositories.
 
     Args:
-        sources: `PATH`, `RELEASE:SAE_ID` or `OWNER/REPOSITORY:SAE_ID`; with a label before it where wanted, `LABEL=...`,
-            which then is the SAE's kind and name (of a folder of several: the kind, and the start of their names).
+        sources: `PATH`, `RELEASE:SAE_ID`, `OWNER/REPOSITORY:SAE_ID` or `OWNER/REPOSITORY@REVISION:SAE_ID`; with a label
+            before it where wanted, `LABEL=...`, which then is the SAE's kind and name (of a folder of several: the kind, and
+            the start of their names).
         device: where to put them.
 
     Raises:

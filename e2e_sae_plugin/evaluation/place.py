@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,13 @@ import torch
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.util import get_special_token_ids
-from torch import Tensor
+from torch import Tensor, nn
+from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from e2e_sae_plugin.splice import SplicedModel, splice_into
+
+CENTRED_TOLERANCE = 1e-3
+"""Activations whose mean over features is a larger part of their root mean square than this are not centred."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def splice_at(model: Any, place: Place, saes: Sequence[SAE[Any]], names: Sequenc
     """The model with the SAEs' place in it, checked.
 
     Raises:
-        ValueError: the model cannot be spliced there, it has no such head, or an SAE's `d_in` does not fit the hook.
+        ValueError: the model cannot be spliced there, it has no such head, an SAE's `d_in` does not fit the hook, or the SAE
+            needs a model with centred weights and this one is not.
     """
     spliced = splice_into(model, place.hook_name, needs_downstream=False)
     if spliced.position.default_downstream:  # none in the last block
@@ -92,7 +98,8 @@ def check_width(spliced: SplicedModel, sae: SAE[Any], name: str, head_index: int
         ValueError: as `splice_at`.
     """
     place = Place(spliced.position.hook_name, head_index)
-    shape = tuple(spliced.check().shape[2:])
+    activations = spliced.check()
+    shape = tuple(activations.shape[2:])
     if place.head_index is not None and (len(shape) < 2 or not 0 <= place.head_index < shape[0]):
         raise ValueError(
             f"The SAEs are of head {place.head_index}, but the activations at {place.hook_name!r} have "
@@ -104,3 +111,59 @@ def check_width(spliced: SplicedModel, sae: SAE[Any], name: str, head_index: int
             f"{name} has d_in={sae.cfg.d_in}, but the activations at {place.hook_name!r} have "
             f"{' x '.join(map(str, shape))} dimensions. Is it of another model, or of another hook?"
         )
+    check_centred(sae, spliced, activations, name)
+
+
+def check_centred(sae: SAE[Any], spliced: SplicedModel, activations: Tensor, name: str = "The SAE") -> None:
+    """Refuse a model as Hugging Face has it for an SAE that was trained with `center_writing_weights=True`.
+
+    Such an SAE has only seen residual streams without a mean over features. On others it is silently wrong: LayerNorm takes
+    the mean away, so the model computes the same.
+
+    Args:
+        activations: at the SAE's hook, `[batch, pos, d_model]`.
+
+    Raises:
+        ValueError: says how to load the model.
+    """
+    settings = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    hooks = (spliced.position.hook_name, str(sae.cfg.metadata.hook_name))
+    on_residual_stream = any("hook_resid_" in hook for hook in hooks)
+    if not settings.get("center_writing_weights") or not on_residual_stream or not _can_be_centred(spliced.model):
+        return
+    values = activations.detach().float()
+    mean, rms = values.mean(-1).abs(), values.square().mean(-1).sqrt()
+    share = float((mean / rms.clamp_min(torch.finfo(rms.dtype).tiny)).mean())
+    if share > CENTRED_TOLERANCE:
+        model_name = sae.cfg.metadata.model_name or "..."
+        raise ValueError(
+            f"{name} needs a model whose weights are centred (center_writing_weights=True in its metadata), but the mean "
+            f"over features of its activations at {spliced.position.hook_name!r} is {share:.2g} of their size. Load "
+            f"it with HookedTransformer.from_pretrained_no_processing({model_name!r}, center_writing_weights=True), or call "
+            "enable_compatibility_mode() of a TransformerBridge."
+        )
+
+
+def _can_be_centred(model: Any) -> bool:
+    """Where the mean of the residual stream counts (RMSNorm follows it, for one), TransformerLens leaves it there even if
+    asked to centre."""
+    config = getattr(model, "cfg", None)
+    kind = getattr(config, "normalization_type", None)
+    if kind is not None:
+        return (
+            kind in ("LN", "LNPre")
+            and not getattr(config, "final_rms", False)
+            and getattr(config, "positional_embedding_type", None) != "shortformer"
+        )
+    return any(isinstance(module, nn.LayerNorm) for module in model.modules())
+
+
+def same_model_name(first: str, second: str) -> bool:
+    """Whether two names mean one model: TransformerLens's aliases, with or without the organisation."""
+    return _plain_name(first) == _plain_name(second)
+
+
+def _plain_name(name: str) -> str:
+    with contextlib.suppress(ValueError):  # not one of TransformerLens's
+        name = get_official_model_name(name)
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()

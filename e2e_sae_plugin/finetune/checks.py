@@ -14,26 +14,15 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from e2e_sae_plugin.checkpoint.identity import tokenizer_fingerprint
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.evaluation.place import same_model_name
 from e2e_sae_plugin.finetune.start import SPARSITY_COEFFICIENT, training_config
 
 UNNAMED = "custom"  # what TransformerLens calls a model without a name
 L1_TOLERANCE = 5.0
 """A coefficient of the metadata that is further than this factor from what the SAE's shrinkage implies is refused."""
-
-
-def same_model_name(first: str, second: str) -> bool:
-    """Whether two names mean one model: TransformerLens's aliases, with or without the organisation."""
-    return _plain_name(first) == _plain_name(second)
-
-
-def _plain_name(name: str) -> str:
-    with contextlib.suppress(ValueError):  # not one of TransformerLens's
-        name = get_official_model_name(name)
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def check_same_place(sae: SAE[Any], model_name: str, hook_name: str, hook_head_index: int | None) -> None:

@@ -11,7 +11,8 @@ HOW = ("train_batch_size_tokens", "context_size", "adapter", "adapter_rank", "ke
 USE = ("context_size", "seqpos_slice", "prepend_bos", "exclude_special_tokens")
 # True of the original alone. (Neuronpedia's dashboards show the original's features.)
 OF_THE_ORIGINAL = (
-    "neuronpedia_id", "finetuned_from", "finetuning", "objective", "local_first", "l0", "num_dead_features",
+    "neuronpedia_id", "finetuned_from", "finetuning", "objective", "kind", "local_first", "l0", "num_dead_features",
+    "loaded_from",
 )  # fmt: skip
 # What a run of this package says of any SAE that it trains.
 OF_THE_RUN = (

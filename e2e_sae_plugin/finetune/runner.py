@@ -18,6 +18,7 @@ from torch import Tensor
 from e2e_sae_plugin.checkpoint.folder import whole_files, write_whole
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import SpliceMetrics, encode_with, measure, reconstruct_with
+from e2e_sae_plugin.evaluation.place import check_centred
 from e2e_sae_plugin.finetune.checks import (
     check_given_model,
     check_l1_coefficient,
@@ -54,7 +55,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
         cfg: from `finetune_config`, of the same SAE.
         sae: the SAE to start from; it is left as it is.
         source: where it came from, for the metadata.
-        force: accept a model or tokenizer other than that of the SAE's metadata.
+        force: accept a model or tokenizer other than that of the SAE's metadata, and weights that are not centred.
         override_dataset: as in `E2ESAETrainingRunner`.
         override_model: as in `E2ESAETrainingRunner`.
         override_evaluation_tokens: as in `E2ESAETrainingRunner`.
@@ -93,6 +94,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
         )
         if not force:
             check_tokenizer(sae, getattr(self.model, "tokenizer", None))
+            check_centred(sae, self.spliced_model, self.spliced_model.check(min(8, cfg.context_size)))
         assert self.evaluation_tokens is not None
         self.report_tokens = self.evaluation_tokens
         self.evaluation_tokens = self.report_tokens[: max(1, len(self.report_tokens) // PROGRESS_SHARE)]
@@ -100,11 +102,15 @@ class FinetuneRunner(E2ESAETrainingRunner):
         self._last_said = -1
 
     def run(self) -> SAE[Any]:
-        """Fine-tune, save, report; returns the fine-tuned SAE in inference form. The report is `self.report`.
+        """Fine-tune, save, report, share if that is asked; returns the fine-tuned SAE in inference form. The report is
+        `self.report`.
 
         Of a run that `"auto"` finds finished, the SAE that it has saved; `self.report` is None then, unless the report was
         missing and is made up for.
         """
+        return super().run()
+
+    def _train_and_save(self) -> SAE[Any]:
         if not self.is_finished and self.resumed_from is None:
             self._check_sparsity()
             before, n_shown = self.before, 0 if self.evaluation_tokens is None else len(self.evaluation_tokens)
@@ -113,7 +119,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
                 f"{before.kl:.4f}, L0 {before.l0:.1f}, on {before.n_tokens:,} held-out tokens "
                 f"in {len(self.report_tokens):,} sequences. While it trains, on the first {n_shown:,} of these:"
             )
-        sae = super().run()
+        sae = super()._train_and_save()
         output = None if self.cfg.output_path is None else Path(self.cfg.output_path)
         finished = sae if self.is_finished else self._finished(self.trainer.sae)
         if self.is_finished and output is not None and (output / REPORT_FILENAME).exists():

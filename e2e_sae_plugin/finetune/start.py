@@ -15,6 +15,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from safetensors import SafetensorError
 
+from e2e_sae_plugin.hub.load import load_pretrained
+
 ESTIMATED_NORMALISATIONS = ("expected_average_only_in", "covariance_whitening")
 # The setting that keeps an architecture sparse while its weights move. Those that fix L0 by themselves have none.
 SPARSITY_COEFFICIENT = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
@@ -24,13 +26,15 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
     """An SAE from wherever SAELens finds one.
 
     Args:
-        source: an SAE; a folder that SAELens or this package saved; a release of SAELens; a Hub repository.
+        source: an SAE; a folder that SAELens or this package saved; a release of SAELens; a Hub repository, `owner/name` or
+            `owner/name@revision`.
         sae_id: which SAE of a release or repository.
         device: where to put it.
 
     Raises:
         ValueError: a folder without an SAE or with a damaged one, a release or repository without `sae_id`, or a `sae_id`
-            beside a folder or an SAE, where it means nothing.
+            beside a folder or an SAE, where it means nothing; or as in `load_pretrained`.
+        HubError: as in `load_pretrained`.
     """
     if not isinstance(source, SAE | str | Path):
         raise ValueError(f"An SAE is named by a folder, a release or a repository, got {source!r}.")
@@ -52,7 +56,7 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
             f"There is no folder {str(source)!r}, so it is taken for a release of SAELens or a Hub repository, and needs a "
             "sae_id (--sae-id)."
         )
-    return SAE.from_pretrained(str(source), sae_id, device=device)
+    return load_pretrained(str(source), sae_id, device=device)
 
 
 def load_quietly(source: str | Path, sae_id: str | None = None, device: str = "cpu") -> SAE[Any]:

@@ -138,7 +138,7 @@ def _explained(doing: str, error: Exception, token: Any) -> Exception:
     said = without_token(_what_was_said(error), token)
     reason, missing = _reason(error, status)
     return HubError(
-        f"Could not {doing}: {reason}" + (f" (The Hub: {said})" if said else ""),
+        f"Could not {doing}: {reason}" + (f" ({'' if status is None else 'The Hub: '}{said})" if said else ""),
         status=status,
         may_pass=status in PASSING_STATUSES if status is not None else _is_of_the_connection(error),
         missing=missing,
@@ -185,7 +185,7 @@ def _reason(error: Exception, status: int | None) -> tuple[str, str | None]:
         )
     if isinstance(error, OSError):
         return f"{error.strerror or type(error).__name__}.", None
-    return f"the Hub's answer is not what its client expects ({type(error).__name__}).", None
+    return f"something failed on this side, or the Hub's answer was not understood ({type(error).__name__}).", None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

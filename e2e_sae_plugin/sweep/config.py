@@ -136,6 +136,12 @@ class SweepConfig:
         for name in ("resume_from_checkpoint", "adapter", "from_pretrained_path"):
             if base.get(name) not in (None, "none"):
                 raise ValueError(f"base.{name}={base[name]!r} is refused in a sweep, which trains new SAEs.")
+        for name in ("push_to_hub", "hub_private", "hub_revision", "hub_sae_id", "hub_checkpoints"):
+            if base.get(name) not in (None, False):
+                raise ValueError(
+                    f"base.{name}={base[name]!r} is refused in a sweep, whose SAEs would each make a commit. Share all "
+                    "of them in one when it is done: e2e-sae push OWNER/NAME SWEEP_FOLDER."
+                )
         for name in ("n_checkpoints", "save_final_checkpoint", "keep_checkpoints"):
             if base.get(name) not in (None, getattr(E2ESAERunnerConfig, name)):
                 raise ValueError(
