@@ -5,7 +5,6 @@ from e2e_sae_plugin.checkpoint import DamagedCheckpointError as DamagedCheckpoin
 from e2e_sae_plugin.comparison import compare as compare
 from e2e_sae_plugin.comparison import write_comparison as write_comparison
 from e2e_sae_plugin.config import E2ESAERunnerConfig as E2ESAERunnerConfig
-from e2e_sae_plugin.convert import convert as convert
 from e2e_sae_plugin.evaluation import evaluate as evaluate
 from e2e_sae_plugin.evaluation import feature_importance as feature_importance
 from e2e_sae_plugin.faults import NonFiniteError as NonFiniteError

@@ -12,8 +12,8 @@ HOOK = "blocks.1.hook_resid_pre"
 
 def an_sae(architecture: str = "topk", seed: int = 0) -> TrainingSAE:
     """In training form, with weights and metadata as after a run."""
-    torch.manual_seed(seed)
     sae = training_sae(runner_config(architecture))
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.rand_like(parameter))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from authors import HOW_TO_INSTALL, INSTALLED
+from authors import HOW_TO_INSTALL, INSTALLED, import_authors
 from convert_runs import (
     CONTEXT,
     D_MODEL,
@@ -29,7 +29,8 @@ from convert_runs import (
     write_pair,
     write_run,
 )
-from sae_lens import SAE, StandardTrainingSAE
+from sae_lens import SAE, StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.sae import TrainStepInput
 from test_authors_parity import GradientsInsteadOfUpdates, off_the_decoder, relative_error
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -205,6 +206,43 @@ def test_loss_and_gradients_of_the_config_are_the_authors(
     assert_same_step(model, found, spliced, config)
 
 
+@pytest.mark.parametrize("p_norm", [0.0, 0.5, 0.9, 1.0, 2.0, 3.5])
+def test_norms_of_the_sparsity_other_than_l1_are_the_authors(p_norm: float, model: HookedTransformer, tmp_path: Path):
+    sparsity = {"coeff": 3.0, "p_norm": p_norm}
+    spliced, config = authors_saes(model), authors_config("e2e", loss__sparsity=sparsity)
+    with torch.no_grad():
+        spliced.saes["blocks-1-hook_resid_pre"].encoder[0].bias[:20] = -100.0  # features that are 0 everywhere
+    (found,) = convert(write_run(tmp_path / "run", spliced, config), tmp_path / "out")
+    assert found.notes == []
+    assert_same_step(model, found, spliced, config)
+    assert found.folder is not None
+    saved = json.loads((found.folder / "e2e_runner_cfg.json").read_text())
+    assert E2ESAERunnerConfig.from_dict(saved).sae.lp_norm == p_norm  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("p_norm", [0.5, 1.0, 2.0, 3.5])
+def test_saelens_penalises_as_the_authors_do(p_norm: float, acts: Tensor):
+    """SAELens's norm of the features is theirs, bit for bit, with a decoder of norm 1; also of tokens without features."""
+    losses, _ = import_authors()
+    features = torch.nn.functional.relu(torch.cat([acts, torch.zeros(1, 3, D_MODEL)]))
+    sae = StandardTrainingSAE(
+        StandardTrainingSAEConfig(d_in=D_MODEL, d_sae=D_MODEL, l1_coefficient=0.125, lp_norm=p_norm)
+    )
+    sae.load_state_dict({**sae.state_dict(), "W_dec": torch.eye(D_MODEL)})
+    ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
+    step = TrainStepInput(features, {"l1": 1.0}, None, 0, False)
+    loss = sae.calculate_aux_loss(step, ours, ours, features)["l1_loss"] / D_MODEL
+    expected = losses.SparsityLoss(coeff=1.0, p_norm=p_norm).calc_loss(theirs, dense_dim=D_MODEL)
+    loss.backward()
+    expected.backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(loss, expected)
+    assert torch.equal(ours.grad, theirs.grad)
+    assert bool(ours.grad.any())
+    assert bool(ours.grad.isfinite().all())
+
+
 def test_all_later_blocks_are_the_default_and_other_hooks_are_named(model: HookedTransformer, tmp_path: Path):
     spliced = authors_saes(model)
     for name, expected in (
@@ -351,7 +389,7 @@ def test_what_runs_may_have(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"loss__sparsity": {"coeff": 1.0, "p_norm": 0.5}}, r"loss\.sparsity\.p_norm=0\.5"),
+        ({"loss__sparsity": {"coeff": 1.0, "p_norm": -1}}, r"loss\.sparsity\.p_norm=-1 is negative"),
         ({"tlens_model_name": None, "tlens_model_path": "/x/model.pt"}, "tlens_model_path names a model of their own"),
         ({"loss__sparsity": None}, "no sparsity term"),
         ({"loss__inp_to_out": {"coeff": 1.0}}, r"loss\.inp_to_out is no term of the loss in their library"),
@@ -491,7 +529,7 @@ def test_folders_are_loaded_by_plain_saelens_and_the_config_read_back(
 
 def test_without_a_config_the_folder_has_none(model: HookedTransformer, tmp_path: Path):
     run = write_run(
-        tmp_path / "run", authors_saes(model), authors_config("e2e", loss__sparsity={"coeff": 1, "p_norm": 2})
+        tmp_path / "run", authors_saes(model), authors_config("e2e", loss__sparsity={"coeff": 1, "p_norm": -2})
     )
     (found,) = convert(run, tmp_path / "out")
     assert found.folder is not None

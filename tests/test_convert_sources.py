@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,19 +14,20 @@ import torch
 import wandb
 import yaml
 from convert_runs import HOOK, authors_config
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from hub_sae_files import no_pauses as no_pauses
+from hub_sae_files import stop
+from hub_saes import texts_of
+from hub_server import Fault, HubServer
+from hub_server import hub_fixture as hub_fixture
+from huggingface_hub import constants
 from wandb import errors
 
-from e2e_sae_plugin.convert import convert, sources
+from e2e_sae_plugin.convert import convert
+from e2e_sae_plugin.convert.convert import convert_each
 from e2e_sae_plugin.convert.sources import Choice, choose, source_files
+from e2e_sae_plugin.hub.calls import HubError
+from e2e_sae_plugin.hub.download import DamagedDownloadError
 
-COMMIT = "c0ffee" * 6 + "c0ff"
 RUN = ["samples_8.pt", "samples_100.pt", "samples_20.pt", "final_config.yaml", "notes.txt"]
 PAIRS = ["local_similar_ce_layer_2.pt", "local_similar_ce_layer_2.yaml", "README.md", "e2e_similar_l0_layer_6.yaml",
          "e2e_similar_l0_layer_6.pt"]  # fmt: skip
@@ -174,86 +177,179 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], run: P
 
 # The Hub.
 
+REPO, NAME = "a/b", "e2e_similar_l0_layer_6"
+
 
 @pytest.fixture
-def hub(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A repository with the pairs; the list is what was asked of it."""
-    asked: list[Any] = []
+def published(hub: HubServer, pairs: Path) -> str:
+    """A repository with the pairs; its commit."""
+    files = {file.name: file.read_bytes() for file in sorted(pairs.iterdir())}
+    return hub.create(REPO, {"README.md": b"SAEs", **files}).branches["main"]
 
-    def list_files(repo_id: str, revision: str | None) -> tuple[str, list[str]]:
-        asked.append((repo_id, revision))
-        return COMMIT, ["README.md", *sorted(file.name for file in pairs.iterdir())]
 
-    def fetch(repo_id: str, filenames: list[str], revision: str) -> list[Path]:
-        asked.append((repo_id, *filenames, revision))
-        return [pairs / name for name in filenames]
+def pt_of(value: float) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state(value, place=""), buffer)
+    return buffer.getvalue()
 
-    monkeypatch.setattr(sources, "list_files", list_files)
-    monkeypatch.setattr(sources, "fetch", fetch)
-    return asked
+
+def cached(*suffixes: str) -> list[str]:
+    return [path.name for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*") if path.suffix in suffixes]
+
+
+def test_a_repository_is_converted_whole_or_one_by_name(hub: HubServer, published: str):
+    found = convert("hf:a/b")
+    assert [each.name for each in found] == [NAME, "local_similar_ce_layer_2"]
+    assert trained_for(found) == [1, 0]
+    assert [came_from(each)["source"] for each in found] == [f"hf:a/b@{published}/{each.name}.pt" for each in found]
+    for source in (f"hf:a/b/{NAME}", f"hf:a/b/{NAME}.pt"):
+        assert [each.name for each in convert(source)] == [NAME]
+    assert hub.count("get_file") == 3  # the configs are equal, so one file; the cache has the rest
+
+
+def test_of_a_repository_only_what_is_named_is_fetched(hub: HubServer, published: str):
+    assert trained_for(convert(f"hf:a/b/{NAME}")) == [1]
+    fetched = [request.path.rsplit("/")[-1] for request in hub.requests if request.endpoint == "get_file"]
+    assert fetched == [f"{NAME}.yaml", f"{NAME}.pt"]  # in this order: a checkpoint is never cached without its config
+
+
+def test_branches_tags_pull_requests_and_commits(hub: HubServer, published: str):
+    repository = hub.repositories[REPO]
+    repository.branches["feature/x"] = repository.tags["v1.0"] = published
+    request = repository.open_pull_request(published)
+    newer = hub.commit(REPO, {f"{NAME}.pt": pt_of(5)})
+    for revision in ("v1.0", "feature%2Fx", request, published):
+        (found,) = convert(f"hf:a/b@{revision}/{NAME}")
+        assert trained_for([found]) == [1], revision
+        assert came_from(found)["source"] == f"hf:a/b@{published}/{NAME}.pt"
+        assert len(convert(f"hf:a/b@{revision}")) == 2
+    (found,) = convert(f"hf:a/b/{NAME}")
+    assert trained_for([found]) == [5]
+    assert came_from(found)["source"] == f"hf:a/b@{newer}/{NAME}.pt"
+
+
+def test_all_files_are_of_one_commit(hub: HubServer, published: str):
+    found = convert_each("hf:a/b")
+    first = next(found)
+    hub.commit(REPO, {"local_similar_ce_layer_2.pt": pt_of(5)})
+    assert trained_for([first, *found]) == [1, 0]
+
+
+def test_a_run_in_a_folder_of_a_repository(hub: HubServer, run: Path):
+    hub.create(REPO, {f"runs/x/{file.name}": file.read_bytes() for file in sorted(run.iterdir())})
+    assert trained_for(convert("hf:a/b/runs/x")) == [100]
+    assert trained_for(convert("hf:a/b/runs/x", samples="all")) == [8, 20, 100]
+    assert trained_for(convert("hf:a/b/runs/x/samples_8")) == [8]
 
 
 @pytest.mark.parametrize(
-    ("source", "revision", "n"),
+    ("source", "missing", "message"),
     [
-        ("hf:a/b", None, 2),
-        ("hf:a/b@v1.0", "v1.0", 2),
-        ("hf:a/b/e2e_similar_l0_layer_6", None, 1),
-        ("hf:a/b/e2e_similar_l0_layer_6.pt", None, 1),
-        ("hf:a/b@v1.0/e2e_similar_l0_layer_6", "v1.0", 1),
-        ("hf:a/b@refs/pr/1/e2e_similar_l0_layer_6", "refs/pr/1", 1),
-        ("hf:a/b@feature%2Fx", "feature/x", 2),
+        (
+            "hf:a/none",
+            "repository",
+            "Could not convert 'hf:a/none': there is no such repository, or this token may not",
+        ),
+        ("hf:a/b@v9", "revision", "Could not convert 'hf:a/b@v9': the repository has no such revision"),
+        (f"hf:a/b@{'f' * 40}", "revision", "no such revision"),
     ],
 )
-def test_hub_sources_are_fetched_at_one_commit(source: str, revision: str | None, n: int, hub: list[Any]):
-    found = convert(source)
-    assert len(found) == n
-    assert hub[0] == ("a/b", revision)
-    assert hub[1] == ("a/b", "e2e_similar_l0_layer_6.pt", "e2e_similar_l0_layer_6.yaml", COMMIT)
-    assert came_from(found[0])["source"] == f"hf:a/b@{COMMIT}/e2e_similar_l0_layer_6.pt"
-
-
-def test_a_name_that_the_repository_has_not_is_refused_before_anything_is_fetched(hub: list[Any]):
-    with pytest.raises(ValueError, match=r"no checkpoint 'e2e' in hf:a/b/e2e\. It has e2e_similar_l0_layer_6, local"):
-        convert("hf:a/b/e2e")
-    assert len(hub) == 1
-
-
-def of_hub(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
-    return kind("said the Hub", response=Mock(headers={}))
+def test_what_the_hub_has_not_is_said(source: str, missing: str, message: str, hub: HubServer, published: str):
+    with pytest.raises(HubError, match=message) as caught:
+        convert(source)
+    assert caught.value.missing == missing
+    assert hub.count("get_file") == 0
 
 
 @pytest.mark.parametrize(
-    ("raised", "expected", "message"),
+    ("source", "message"),
     [
-        (of_hub(RepositoryNotFoundError), ValueError, "there is no repository a/b, or it is private"),
-        (of_hub(RevisionNotFoundError), ValueError, "a/b has no such revision"),
-        (of_hub(RemoteEntryNotFoundError), ValueError, "said the Hub"),
-        (of_hub(HfHubHTTPError), OSError, "'hf:a/b' cannot be fetched: said the Hub"),
-        (LocalEntryNotFoundError("no network"), OSError, "cannot be fetched, and is not in the cache: no network"),
-        (ConnectionError(), OSError, "cannot be fetched: ConnectionError"),
-        (OSError(28, "No space left on device"), OSError, "No space left"),
+        ("hf:a/b/e2e", rf"no checkpoint 'e2e' in hf:a/b/e2e\. It has {NAME}, local_similar_ce_layer_2\."),
+        ("hf:a/--b", "a/--b"),
+        ("hf:a/b@../main", r"'hf:a/b@\.\./main'|is no revision"),
+        ("hf:a/b@", "is not understood"),
     ],
-    ids=range(7),
 )
-def test_what_the_hub_refuses_is_said(
-    raised: Exception, expected: type[Exception], message: str, hub: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_there_is_refused_before_anything_is_fetched(
+    source: str, message: str, hub: HubServer, published: str
 ):
-    for function in ("fetch", "list_files"):
-        with monkeypatch.context() as patch:
-            patch.setattr(sources, function, Mock(side_effect=raised))
-            with pytest.raises(expected, match=message):
-                convert("hf:a/b")
+    with pytest.raises(ValueError, match=message):
+        convert(source)
+    assert hub.count("get_file") == 0
 
 
-def test_offline_the_real_client_is_an_oserror():
-    with pytest.raises(OSError, match=r"'hf:a/b' cannot be fetched: .*offline"):
+@pytest.mark.parametrize("suffix", [".pt", ".yaml"])
+@pytest.mark.parametrize("what", ["corrupt", "truncate", 503])
+def test_a_file_that_came_wrong_is_fetched_again(what: Any, suffix: str, hub: HubServer, published: str):
+    hub.faults.append(Fault("get_file", what, path_contains=f"{NAME}{suffix}"))
+    assert trained_for(convert(f"hf:a/b/{NAME}")) == [1]
+    assert hub.faults == []
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".yaml"])
+def test_a_file_that_is_always_damaged_is_refused_and_not_kept(
+    suffix: str, hub: HubServer, published: str, tmp_path: Path
+):
+    hub.faults.append(Fault("get_file", "corrupt", times=None, path_contains=f"{NAME}{suffix}"))
+    with pytest.raises(DamagedDownloadError, match=rf"{NAME}{suffix} of a/b at commit {published} is damaged: its "):
+        convert(f"hf:a/b/{NAME}", tmp_path / "out")
+    assert cached(suffix) == []
+    assert not (tmp_path / "out").exists()
+    hub.faults.clear()
+    assert trained_for(convert(f"hf:a/b/{NAME}")) == [1]
+
+
+def test_a_checkpoint_damaged_in_the_cache_is_found(hub: HubServer, published: str):
+    convert(f"hf:a/b/{NAME}")
+    (path,) = Path(constants.HF_HUB_CACHE).rglob(f"snapshots/*/{NAME}.pt")
+    path.write_bytes(pt_of(9))  # a sound file, but another
+    assert trained_for(convert(f"hf:a/b/{NAME}")) == [1]
+    path.write_bytes(pt_of(9))
+    stop(hub)
+    with pytest.raises(DamagedDownloadError, match="Load it again when the Hub can be reached"):
+        convert(f"hf:a/b/{NAME}")
+
+
+def test_a_server_that_is_down_is_said_and_the_cache_used(
+    hub: HubServer, published: str, caplog: pytest.LogCaptureFixture
+):
+    hub.stop()
+    for source in ("hf:a/b", f"hf:a/b@{published}"):
+        with pytest.raises(HubError, match=rf"no answer from {hub.url}") as caught:
+            convert(source)
+        assert caught.value.may_pass
+    hub.start()
+    convert(f"hf:a/b/{NAME}")
+    stop(hub)
+    for source in (f"hf:a/b/{NAME}", f"hf:a/b@{published}/{NAME}", "hf:a/b", f"hf:a/b@{published}"):
+        caplog.clear()
+        (found,) = convert(source)
+        assert trained_for([found]) == [1]
+        assert came_from(found)["source"] == f"hf:a/b@{published}/{NAME}.pt"
+        (said,) = [text for text in caplog.messages if "taken" in text]
+        assert f"no answer from {hub.url}" in said, source
+    with pytest.raises(ValueError, match=r"no checkpoint 'local.*' in hf:.* as far as the cache has it\. It has e2e_"):
+        convert("hf:a/b/local_similar_ce_layer_2")
+
+
+def test_offline_by_choice(hub: HubServer, published: str, monkeypatch: pytest.MonkeyPatch):
+    convert(f"hf:a/b/{NAME}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert trained_for(convert("hf:a/b")) == [1]
+    with pytest.raises(HubError, match="Could not convert 'hf:a/c': HF_HUB_OFFLINE is set, so the Hub is not asked"):
+        convert("hf:a/c")
+    assert len(hub.requests) == before
+
+
+@pytest.mark.parametrize("endpoint", ["repo_info", "tree", "head_file", "get_file"])
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_no_token_is_told(status: int, endpoint: str, hub: HubServer, published: str, caplog: pytest.LogCaptureFixture):
+    hub.faults.append(Fault(endpoint, status, times=None, message="your header was Bearer {token}"))
+    with caplog.at_level(logging.INFO), pytest.raises(HubError, match="<token>") as caught:
         convert("hf:a/b")
-
-
-def test_an_illegal_repository_name_is_a_valueerror():
-    with pytest.raises(ValueError, match="hf:a/--b"):
-        convert("hf:a/--b")
+    assert not [text for text in [*texts_of(caught.value), *caplog.messages] if "hf_good" in text]
+    hub.faults.clear()
 
 
 # Weights & Biases.

@@ -66,8 +66,8 @@ def run_config(
     """
     if config.model_name is None:
         raise NoCounterpartError("tlens_model_path names a model of their own, which SAELens cannot load by name")
-    if terms.p_norm != 1 and terms.sparsity != 0:
-        raise NoCounterpartError(f"loss.sparsity.p_norm={terms.p_norm:g}; only the L1 norm (p_norm 1) is converted")
+    if terms.p_norm < 0:
+        raise NoCounterpartError(f"loss.sparsity.p_norm={terms.p_norm:g} is negative, which is no norm")
     content = config.content
     batch = whole(content, "batch_size")
     step = whole(content, "effective_batch_size", batch)
@@ -90,7 +90,8 @@ def run_config(
             sae=StandardTrainingSAEConfig(
                 d_in=d_in,
                 d_sae=d_sae,
-                l1_coefficient=terms.sparsity / d_in,  # they divide the L1 by the width
+                l1_coefficient=terms.sparsity / d_in,  # they divide the norm by the width
+                lp_norm=terms.p_norm,
                 apply_b_dec_to_input=False,
                 decoder_init_norm=1.0,
             ),

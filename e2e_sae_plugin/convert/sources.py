@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from e2e_sae_plugin.hub.calls import HubError
+from e2e_sae_plugin.hub.download import fetch, list_files
+from e2e_sae_plugin.hub.revision import Resolved, remember, resolve
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILENAME = "final_config.yaml"
 HUB, WANDB = "hf:", "wandb:"
@@ -74,7 +72,8 @@ def source_files(
 
     Raises:
         ValueError: there is no such source, or nothing to convert in it.
-        OSError: it cannot be read or fetched.
+        OSError: it cannot be read or fetched; a `HubError` where the Hub has not what is named.
+        DamagedDownloadError: what the Hub sends is not what it says it is, twice.
     """
     name = os.fspath(source)
     if name.startswith(HUB):
@@ -157,50 +156,32 @@ def _from_disk(path: Path, samples: Samples) -> Iterator[SourceFiles]:
         yield SourceFiles(folder / choice.checkpoint, folder / choice.config, choice, origin)
 
 
-def fetch(repo_id: str, filenames: Sequence[str], revision: str) -> list[Path]:
-    """Files of a Hub repository, from the cache or the network."""
-    return [Path(hf_hub_download(repo_id, name, revision=revision)) for name in filenames]
-
-
-def list_files(repo_id: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit that a revision is at, and its files."""
-    info = HfApi().model_info(repo_id, revision=revision)
-    return str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
-
-
 def _from_hub(source: str, samples: Samples) -> Iterator[SourceFiles]:
     match = _HUB_SOURCE.fullmatch(source.removeprefix(HUB))
     if match is None:
         raise ValueError(f"{source!r} is not understood. Expected hf:OWNER/REPO[@REVISION][/NAME].")
-    repo_id, revision = match["repo"], match["revision"] and unquote(match["revision"])
-    with _hub_errors(source, repo_id):
-        commit, names = list_files(repo_id, revision)  # one commit, whatever is pushed meanwhile
-    for choice in choose(names, match["name"], samples, source):
-        with _hub_errors(source, repo_id):
-            checkpoint, config = fetch(repo_id, [choice.checkpoint, choice.config], commit)
-        origin = f"{HUB}{repo_id}@{commit}/{choice.checkpoint}"
+    revision = match["revision"] and unquote(match["revision"])
+    # One commit, whatever is pushed meanwhile.
+    resolved, names = _listed(resolve(match["repo"], revision, doing=f"convert {source!r}"))
+    where = f"{source} as far as the cache has it" if resolved.is_offline else source
+    for choice in choose(names, match["name"], samples, where):
+        # The config first: where this is broken off, no checkpoint is left in the cache without one.
+        config, checkpoint = (fetch(resolved, name) for name in (choice.config, choice.checkpoint))
+        remember(resolved)
+        origin = f"{HUB}{resolved.repo_id}@{resolved.commit}/{choice.checkpoint}"
         yield SourceFiles(checkpoint, config, choice, origin)
 
 
-@contextmanager
-def _hub_errors(source: str, repo_id: str) -> Iterator[None]:
+def _listed(resolved: Resolved) -> tuple[Resolved, list[str]]:
+    """The files of a commit. Without a Hub those that the cache has: a commit's never change, but some may be missing."""
     try:
-        yield
-    except RevisionNotFoundError:
-        raise ValueError(f"{source!r}: {repo_id} has no such revision.") from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{source!r}: there is no repository {repo_id}, or it is private and this machine is not logged in to see it "
-            "(hf auth login)."
-        ) from None
-    except LocalEntryNotFoundError as error:
-        raise OSError(f"{source!r} cannot be fetched, and is not in the cache: {error}") from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{source!r}: {error}") from None
-    except HFValidationError as error:
-        raise ValueError(f"{source!r}: {error}") from None
-    except Exception as error:  # what the client's transport raises has no class that holds from version to version
-        raise OSError(f"{source!r} cannot be fetched: {str(error) or type(error).__name__}") from error
+        return resolved, list_files(resolved)
+    except HubError as error:
+        if not error.may_pass or not resolved.snapshot.is_dir():
+            raise
+        logger.warning("%s What the cache has of %s is taken.", error, resolved)
+    offline = replace(resolved, is_offline=True)
+    return offline, list_files(offline)
 
 
 def _from_wandb(source: str, samples: Samples, api: Any) -> Iterator[SourceFiles]:
