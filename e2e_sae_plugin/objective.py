@@ -125,6 +125,11 @@ class Objective:
         return cls(**{"kl": 0.5, "mse": 0.5, "balance_kl": True, **settings})
 
     @property
+    def kind(self) -> str:
+        """What tables and charts call it: `kind_of_weights`."""
+        return kind_of_weights(self.kl, self.beta, self.mse)
+
+    @property
     def needs_spliced_pass(self) -> bool:
         """Whether the model has to be run a second time, with the reconstruction in place."""
         return self.kl > 0 or self.beta > 0
@@ -156,3 +161,11 @@ class Objective:
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"objective has an unknown key {key!r}. Expected some of {sorted(known)}.{hint}")
         return cls(**settings)
+
+
+def kind_of_weights(kl: float, beta: float, mse: float) -> str:
+    """The paper's name of an objective with such weights: "local", "e2e", "e2e+ds"; of a mixture all its terms, as in
+    "e2e+mse"."""
+    if not kl and not beta:
+        return "local"
+    return "+".join(["e2e"] * bool(kl) + ["ds"] * bool(beta) + ["mse"] * bool(mse))

@@ -189,7 +189,7 @@ def published(hub: HubServer, pairs: Path) -> str:
 
 def pt_of(value: float) -> bytes:
     buffer = io.BytesIO()
-    torch.save(state(value, place=""), buffer)
+    torch.save(state(float(value), place=""), buffer)
     return buffer.getvalue()
 
 
@@ -266,7 +266,7 @@ def test_what_the_hub_has_not_is_said(source: str, missing: str, message: str, h
     [
         ("hf:a/b/e2e", rf"no checkpoint 'e2e' in hf:a/b/e2e\. It has {NAME}, local_similar_ce_layer_2\."),
         ("hf:a/--b", "a/--b"),
-        ("hf:a/b@../main", r"'hf:a/b@\.\./main'|is no revision"),
+        ("hf:a/b@../main", r"'\.\.' is no revision"),
         ("hf:a/b@", "is not understood"),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_checkpoint_damaged_in_the_cache_is_found(hub: HubServer, published: s
 def test_a_server_that_is_down_is_said_and_the_cache_used(
     hub: HubServer, published: str, caplog: pytest.LogCaptureFixture
 ):
-    hub.stop()
+    stop(hub)
     for source in ("hf:a/b", f"hf:a/b@{published}"):
         with pytest.raises(HubError, match=rf"no answer from {hub.url}") as caught:
             convert(source)

@@ -9,15 +9,32 @@ from typing import Any
 
 import pytest
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_huggingface_loader
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.standard_sae import StandardTrainingSAE
 from sae_lens.tokenization_and_batching import _add_tokens_to_batch, concat_and_batch_sequences
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.upload_saes_to_huggingface import _upload_sae, upload_saes_to_huggingface
 
 # (host method, sha256 of its source in sae-lens 6.54.12, what of ours follows it)
 FOLLOWED: list[tuple[Callable[..., Any], str, str]] = [
+    (
+        upload_saes_to_huggingface,
+        "ef5faed11eaeab0f040f46b79e2ed14a745d2ef337987be936546560547d9619",
+        "hub.upload.push_to_hub",
+    ),
+    (
+        _upload_sae,
+        "46f43a0d4dde8152139065edc19f707118848c155caa8fbc60b12cd736d930a1",
+        "hub.gather and hub.sae_folder.SHARED_FILES",
+    ),
+    (
+        sae_lens_huggingface_loader,
+        "d619747267faa5f36421cbf770b0bb6fa2102be6491cf20da5f0801519ea1043",
+        "hub.load._reader",
+    ),
     (
         LanguageModelSAETrainingRunner.run,
         "8d21360c373ea4d8dd8d5f93bdf31cc842acc426afe095f00452344992ac15d5",

@@ -26,7 +26,8 @@ from sae_lens.saes.sae import SAEMetadata
 from e2e_sae_plugin.demo import load_demo_model
 from e2e_sae_plugin.evaluation.estimate import Estimate
 from e2e_sae_plugin.evaluation.result import Evaluation, LayerMetrics
-from e2e_sae_plugin.hub.card import BEGIN, END, CardEntry, model_card, pareto_figure
+from e2e_sae_plugin.hub.card import CardEntry, model_card, pareto_figure
+from e2e_sae_plugin.hub.card.card import BEGIN, END
 from e2e_sae_plugin.hub.card.text import hub_id, hub_model, python_literal, shown
 from e2e_sae_plugin.objective import Objective
 

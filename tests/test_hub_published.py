@@ -120,7 +120,7 @@ def test_what_is_not_there_is_answered_with_what_is():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.layer}-{row.kind}-{row.matched}")
 def test_every_one_is_loaded_with_what_it_needs_to_be_used(row: Any, published_hub: HubServer):
-    sae = row.load()
+    sae = load_pretrained(NAME, layer=row.layer, kind=row.kind, matched=row.matched)
     theirs = SAE.from_pretrained(row.release, row.sae_id)
     assert same_weights(sae, theirs)
     metadata = sae.cfg.metadata

@@ -17,6 +17,7 @@ import pytest
 from hub_saes import HOOK, REPO, an_sae, texts_of
 from hub_server import Fault, HubServer, environment, online
 from hub_server import hub_fixture as hub_fixture
+from huggingface_hub import file_download
 from sae_lens import SAE
 
 from e2e_sae_plugin.hub import calls
@@ -33,7 +34,9 @@ DONE_BUT = ("drop_after", "fail_after")
 
 
 @pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_waits(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    online(monkeypatch, hub, tmp_path / "hub-home", timeout=0.25)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.25)
     monkeypatch.setattr(calls, "SILENCE_SECONDS", 0.25)
     monkeypatch.setattr(calls, "PAUSES_SECONDS", (0.0, 0.0, 0.0))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from e2e_sae_plugin.comparison.pareto import Curve, dominated, ratio_at_equal
+from e2e_sae_plugin.evaluation.pareto import Curve, dominated, ratio_at_equal
 
 X = (4.0, 8.0, 16.0, 32.0, 64.0)
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from e2e_sae_plugin.comparison.compare import Comparison
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D
-from e2e_sae_plugin.comparison.pareto import dominated
 from e2e_sae_plugin.comparison.subjects import Subject, ordered_kinds
 from e2e_sae_plugin.evaluation.estimate import Estimate
 from e2e_sae_plugin.evaluation.geometry import HISTOGRAM_EDGES, CosineSummary
+from e2e_sae_plugin.evaluation.pareto import dominated
 from e2e_sae_plugin.hub.published import PublishedSAE, published_l2_ratios_at
 from e2e_sae_plugin.report import Chart, Series
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D, Geometry
-from e2e_sae_plugin.comparison.pareto import Curve, Ratio, ratio_at_equal
 from e2e_sae_plugin.comparison.subjects import LOCAL, Subject
 from e2e_sae_plugin.evaluation.estimate import Estimate
+from e2e_sae_plugin.evaluation.pareto import Curve, Ratio, ratio_at_equal
 from e2e_sae_plugin.evaluation.result import Evaluation
 
 E2E, E2E_DS = "e2e", "e2e+ds"

@@ -14,6 +14,7 @@ from torch import Tensor
 from e2e_sae_plugin.checkpoint.identity import fingerprint
 from e2e_sae_plugin.evaluation.place import same_model_name
 from e2e_sae_plugin.finetune.start import load_quietly, same_weights
+from e2e_sae_plugin.objective import kind_of_weights
 
 LOCAL = "local"
 KIND_ORDER = (LOCAL, "e2e", "e2e+ds")
@@ -48,10 +49,7 @@ def kind_of(sae: SAE[Any]) -> str:
     if not isinstance(objective, Mapping):
         return LOCAL
     kl, beta, mse = (float(objective.get(name) or 0) for name in ("kl", "beta", "mse"))
-    if not kl and not beta:
-        return LOCAL
-    parts = ["e2e"] if kl else []
-    return "+".join(parts + ["ds"] * bool(beta) + ["mse"] * bool(mse))
+    return kind_of_weights(kl, beta, mse)
 
 
 def subject(name: str, sae: SAE[Any], kind: str | None = None) -> Subject:

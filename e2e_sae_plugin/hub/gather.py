@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from e2e_sae_plugin.hub.sae_folder import (
 )
 from e2e_sae_plugin.hub_names import sae_id_problem
 from e2e_sae_plugin.metrics_log import METRICS_FILENAME
+
+logger = logging.getLogger(__name__)
 
 Source = SAE[Any] | str | Path
 
@@ -155,6 +158,13 @@ def _bad_ids(named: Mapping[str, Source]) -> list[str]:
 def _gathered(sae_id: str, source: Source, folder: Path, evaluation: Evaluation | None) -> SharedSAE:
     _copy(source, folder)
     metadata = check_sae_folder(folder)
+    for name in ("model_name", "dataset_path"):
+        if isinstance(metadata.get(name), str) and Path(metadata[name]).is_dir():
+            logger.warning(
+                "%s: its metadata say %s=%r, a folder of this machine, where nobody else finds it. Set sae.cfg.metadata.%s "
+                "to what it is called on the Hub.",
+                sae_id, name, metadata[name], name,
+            )  # fmt: skip
     beside = None if isinstance(source, SAE) else Path(source)
     if evaluation is not None:
         evaluation.save(folder / EVALUATION_FILENAME)

@@ -11,7 +11,8 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from e2e_sae_plugin.hub.card import model_card, pareto_figure
 from e2e_sae_plugin.hub.card.entry import CardEntry
 from e2e_sae_plugin.hub.gather import SharedSAE
-from e2e_sae_plugin.hub.repository import MAIN, LocalFile, RemoteFile
+from e2e_sae_plugin.hub.repository import LocalFile, RemoteFile
+from e2e_sae_plugin.hub.revision import MAIN
 from e2e_sae_plugin.hub.sae_folder import SHARED_FILES
 
 CARD_PATH = "README.md"

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEMetadata
 
@@ -45,12 +44,6 @@ class PublishedSAE:
     """In that release."""
     same_run_as: str | None = None
     """The release of the other matching, where the nearest run was the same one: the same weights are there."""
-
-    def load(self, **settings: Any) -> SAE[Any]:
-        """`load_pretrained` of it, with its `device`, `dtype`, `revision`, `token` and `force_download`."""
-        from e2e_sae_plugin.hub.load import load_pretrained  # it needs this module
-
-        return load_pretrained(PUBLISHED_NAME, layer=self.layer, kind=self.kind, matched=self.matched, **settings)
 
     def texts(self) -> tuple[str, ...]:
         """The row's cells under `COLUMNS`."""

@@ -14,10 +14,10 @@ from huggingface_hub.hf_api import ModelInfo
 
 from e2e_sae_plugin.hub import calls
 from e2e_sae_plugin.hub.calls import HubError, hub_call, persistent_hub_call
+from e2e_sae_plugin.hub.revision import MAIN
 
 logger = logging.getLogger(__name__)
 
-MAIN = "main"
 INITIAL_FILES = frozenset({".gitattributes"})
 """What the Hub puts into a new repository."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def check_sae_folder(folder: Path) -> dict[str, Any]:
             "weights: SAELens would load it without. Fold it first: sae.fold_activation_norm_scaling_factor(...)."
         )
     try:
-        sae = SAE.load_from_disk(folder, device="cpu")
+        with warnings.catch_warnings():
+            # SAELens's advice on how to load the model, for who is about to.
+            warnings.filterwarnings("ignore", message="\nThis SAE has non-empty model_from_pretrained_kwargs")
+            sae = SAE.load_from_disk(folder, device="cpu")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"SAELens cannot load it ({type(error).__name__}: {error}). Save it again.") from error
     for name, value in sae.state_dict().items():

@@ -17,7 +17,8 @@ from e2e_sae_plugin.hub.card.entry import CardEntry
 from e2e_sae_plugin.hub.download import Resolved, fetch
 from e2e_sae_plugin.hub.gather import Source, gather
 from e2e_sae_plugin.hub.plan import CARD_PATH, Change, Plan, Push
-from e2e_sae_plugin.hub.repository import MAIN, LocalFile, RemoteFile, Target
+from e2e_sae_plugin.hub.repository import LocalFile, RemoteFile, Target
+from e2e_sae_plugin.hub.revision import MAIN
 from e2e_sae_plugin.hub.sae_folder import SMALL_FILES, entry_of
 from e2e_sae_plugin.hub_names import check_repo_id
 

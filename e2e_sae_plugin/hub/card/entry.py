@@ -76,17 +76,19 @@ class CardEntry:
         """As a sweep or a conversion calls it, else from the objective: "local", "e2e", "e2e+ds", "e2e+mse", ..."""
         if self.metadata.get("kind"):
             return str(self.metadata["kind"])
-        if (objective := self.objective) is None:
-            return None
-        if not objective.needs_spliced_pass:
-            return "local"
-        parts = {"e2e": objective.kl, "ds": objective.beta, "mse": objective.mse}
-        return "+".join(name for name, weight in parts.items() if weight)
+        return None if self.objective is None else self.objective.kind
 
     @property
     def is_end_to_end(self) -> bool:
         """Whether the model's output, or its later layers, are part of the objective."""
         return self.objective is not None and self.objective.needs_spliced_pass
+
+    @property
+    def authors_norm(self) -> float:
+        """The p of the sparsity term of a run of the paper's authors' library; 1 where nothing else is said."""
+        loss = _mapping(_mapping(self.metadata.get("authors_config")).get("loss"))
+        said = _mapping(loss.get("sparsity")).get("p_norm")
+        return float(said) if is_finite(said) else 1.0
 
     @property
     def architecture(self) -> str:

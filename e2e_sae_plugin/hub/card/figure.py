@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import matplotlib
 
-from e2e_sae_plugin.comparison.pareto import dominated
 from e2e_sae_plugin.evaluation.estimate import Estimate
+from e2e_sae_plugin.evaluation.pareto import dominated
 from e2e_sae_plugin.hub.card.entry import CardEntry
 from e2e_sae_plugin.hub.card.text import shown
 from e2e_sae_plugin.report.chart import Chart, Series

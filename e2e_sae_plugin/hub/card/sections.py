@@ -226,9 +226,11 @@ def _sparsity(members: Sequence[CardEntry]) -> list[str]:
     if entry.metadata.get("converted_from") and "l1_coefficient" not in entry.training_settings:
         scales = {repr((each.metadata.get("sparsity"), each.cfg.get("d_in"))) for each in members}
         penalty, d_in = entry.metadata.get("sparsity"), entry.cfg.get("d_in")
+        norms = {repr(each.authors_norm) for each in members}
+        norm = f"||f||_{weight(entry.authors_norm)}" if len(norms) == 1 else "||f||_p"
         if len(scales) == 1 and is_finite(penalty) and isinstance(d_in, int):
-            return [f"{weight(penalty)} / {d_in} * ||f||_1"]
-        return ["lambda / d * ||f||_1"]
+            return [f"{weight(penalty)} / {d_in} * {norm}"]
+        return [f"lambda / d * {norm}"]
     known = {"standard": ("l1_coefficient", "sum_i f_i ||d_i||"), "gated": ("l1_coefficient", "||f_gate||_1")}
     known["jumprelu"] = ("l0_coefficient", "sparsity penalty of JumpReLU")
     if architecture not in known:
