@@ -20,7 +20,6 @@ from e2e_sae_plugin.comparison.command import compare_command, evaluate_command
 from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig, read_yaml
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
 from e2e_sae_plugin.convert.command import convert_command
-from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.finetune.command import finetune
 from e2e_sae_plugin.hub.pretrained_command import pretrained_command
@@ -69,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{USAGE}\n\ne2e-sae: unknown command {argv[0]!r}, expected one of {sorted(commands)}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for client in ("httpx", "httpx2"):  # the Hub's, which logs a line for each request
+        logging.getLogger(client).setLevel(logging.WARNING)
     # The host's own line of code, warned about again and again where data are tensors already.
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     try:
@@ -88,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str]) -> None:
     """Train from flags or from a YAML file."""
-    cfg = parse_train_config(argv)
-    model, data = bundled_model(cfg.model_name, str(cfg.device)), bundled_dataset(cfg.dataset_path, cfg.context_size)
-    E2ESAETrainingRunner(cfg, override_model=model, override_dataset=data).run()
+    E2ESAETrainingRunner(parse_train_config(argv)).run()
 
 
 def parse_train_config(argv: Sequence[str]) -> E2ESAERunnerConfig:

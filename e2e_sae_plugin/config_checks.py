@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from e2e_sae_plugin.architectures import FIXED_L0, NAMES_EVERY_LOSS, WITH_AUXILIARY
-from e2e_sae_plugin.hub_names import check_repo_id, sae_id_problem
+from e2e_sae_plugin.hub_names import check_repo_id, check_revision, sae_id_problem
 
 if TYPE_CHECKING:
     from e2e_sae_plugin.config import E2ESAERunnerConfig
@@ -230,8 +230,8 @@ def check_sharing(cfg: E2ESAERunnerConfig) -> None:
         raise ValueError("push_to_hub uploads what the run has saved, so it needs an output_path; got None.")
     if (problem := sae_id_problem(cfg.hub_sae_id or cfg.hook_name)) is not None:
         raise ValueError(f"hub_sae_id: {problem}")
-    if cfg.hub_revision is not None and not cfg.hub_revision.strip():
-        raise ValueError("hub_revision must name a branch, or be None for main; got an empty string.")
+    if cfg.hub_revision is not None:
+        check_revision(cfg.hub_revision, "hub_revision")
     if cfg.hub_checkpoints and (cfg.n_checkpoints < 1 or cfg.checkpoint_path is None):
         raise ValueError(
             "hub_checkpoints=True uploads the n_checkpoints of checkpoint_path, and there are none. Set both."

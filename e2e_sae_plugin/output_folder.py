@@ -13,6 +13,18 @@ from e2e_sae_plugin.checkpoint.resume import config_differences, read_saved_conf
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.metrics_log import METRICS_FILENAME
 
+EVALUATION_FILENAME = "evaluation.json"
+"""An `Evaluation` beside an SAE, as `e2e-sae evaluate --output` writes it."""
+HELD_OUT_FILENAME = "held_out.json"
+"""The last held-out evaluation of the run, for the model card."""
+CHECKSUMS_FILENAME = "checksums.sha256"
+"""SHA-256 sums of the folder's other files, as `sha256sum` writes and checks them."""
+FILES_OF_A_RUN = (
+    SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME, METRICS_FILENAME, EVALUATION_FILENAME,
+    HELD_OUT_FILENAME, CHECKSUMS_FILENAME,
+)  # fmt: skip
+"""What a run leaves besides its own config, and what is said of its SAE by files of known names."""
+
 
 def is_finished(output: Path) -> bool:
     """Whether a run has saved its SAE there; `cfg.json` is the last of its files."""
@@ -51,7 +63,7 @@ def mark_output(cfg: E2ESAERunnerConfig, folder: Path, *, starts_anew: bool) -> 
     """Say whose folder it is, so that another run does not take it."""
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.overwrite_output and starts_anew:
-        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME, METRICS_FILENAME):
+        for name in FILES_OF_A_RUN:
             (folder / name).unlink(missing_ok=True)  # or they would pass for this run's
     write_whole(folder / E2E_CFG_FILENAME, json.dumps(cfg.to_dict(), indent=2) + "\n")
 

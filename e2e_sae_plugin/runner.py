@@ -26,6 +26,7 @@ from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerpri
 from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
@@ -79,6 +80,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
         override_evaluation_tokens: Tensor | None = None,
     ):
+        by_name = tuple(n for n, given in (("model", override_model), ("dataset", override_dataset)) if given is None)
+        if override_model is None:
+            override_model = bundled_model(cfg.model_name, cfg.llm_device or str(cfg.device))
+        if override_dataset is None:
+            override_dataset = bundled_dataset(cfg.dataset_path, cfg.context_size)
         if cfg.logger.log_to_wandb:
             check_wandb_login()
         warn_without_token(cfg)
@@ -94,7 +100,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if override_model is None:
             check_model_shape(cfg)
         own_model = load_model_for(cfg) if override_model is None else None
-        with reading_dataset(cfg, override_dataset), quiet_override_warning(own_model is not None):
+        with reading_dataset(cfg, override_dataset), quiet_override_warning(bool(by_name), by_name):
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,

@@ -564,6 +564,26 @@ def test_what_was_measured_is_not_measured_again(model: Any, tmp_path: Path, mea
     assert measured == ["a/0", "b", "c"]
 
 
+def test_the_text_is_the_one_that_was_named_last(model: Any, tmp_path: Path, measured: list[str]):
+    for given, said in ((None, None), ("words", "words"), ("prose", "prose")):
+        found = compare(pair(), model, TOKENS, n_cards=0, cache=tmp_path, text=given)
+        assert {each.text for each in found.evaluations.values()} == {said}
+        assert (f"sequences of {said};" in comparison_report(found).subtitle) == (said is not None)
+    assert measured == ["a/0", "b"]
+    assert compare(pair(), model, TOKENS, n_cards=0, text="words").evaluations["b"].text == "words"
+
+
+def test_one_changed_weight_is_measured_again(model: Any, tmp_path: Path, measured: list[str], monkeypatch: Any):
+    monkeypatch.setattr(COMPARE_MODULE, "fingerprint", lambda _: "a sample that misses it")
+    monkeypatch.setattr("e2e_sae_plugin.comparison.subjects.fingerprint", id)
+    compare(pair(), model, TOKENS, n_cards=0, cache=tmp_path)
+    changed = pair()
+    with torch.no_grad():
+        changed["b"].W_dec[3, 3] += 1e-3
+    compare(changed, model, TOKENS, n_cards=0, cache=tmp_path)
+    assert measured == ["a/0", "b", "b"]
+
+
 def test_other_weights_settings_tokens_and_damaged_files_are_measured_again(
     model: Any, tmp_path: Path, measured: list[str]
 ):

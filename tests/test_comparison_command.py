@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from test_comparison import made_up_sae, put
 
 from e2e_sae_plugin.cli import main
 from e2e_sae_plugin.comparison import inputs
-from e2e_sae_plugin.comparison.inputs import evaluation_tokens, load_model_of
+from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
 from e2e_sae_plugin.demo import demo_tokens, load_demo_model
-from e2e_sae_plugin.evaluation.result import Evaluation
+from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
 
@@ -58,7 +58,9 @@ def test_evaluate_prints_a_table_and_writes_json(folder: Path, capsys: pytest.Ca
     assert (found.name, found.n_sequences, found.n_tokens) == ("e2e-0", 7, 7 * 128)
     assert found.to_dict() == Evaluation.from_dict(found.to_dict()).to_dict()
     assert f"{found.value('ce_loss_increase'):+.4f}" in shown
-    assert "e2e-0: standard, 128 x 64 on blocks.3.hook_resid_pre; 896 tokens in 7 sequences" in shown
+    assert "e2e-0: standard, 128 x 64 on blocks.3.hook_resid_pre; 896 tokens in 7 sequences of e2e-sae-demo\n" in shown
+    assert found.text == "e2e-sae-demo"
+    assert found.weights_sha256 == weights_sha256(SAE.load_from_disk("saes/e2e-0"))
 
 
 def test_compare_writes_a_report_and_goes_on_from_it(
@@ -70,7 +72,7 @@ def test_compare_writes_a_report_and_goes_on_from_it(
     assert "The report is out/report.html; beside it report.md, tables/, figures/ and importance/." in shown
     text = Path("out/report.md").read_text()
     assert text.startswith("# Both kinds\n\n4 SAEs on blocks.3.hook_resid_pre of e2e-sae-demo")
-    assert "896 tokens in 7 sequences" in text
+    assert "896 tokens in 7 sequences of e2e-sae-demo; clean CE loss" in text
     assert sorted(path.name for path in Path("out/evaluations").iterdir()) == [
         "e2e-0.json", "e2e-1.json", "local-0.json", "local-1.json",
     ]  # fmt: skip
@@ -182,6 +184,20 @@ def test_text_of_ones_own_is_measured_on(folder: Path, texts: str):
     own, demo = Evaluation.load("own.json"), Evaluation.load("demo.json")
     assert own.n_sequences == demo.n_sequences == 7
     assert own.value("ce_loss_without_sae") != demo.value("ce_loss_without_sae")
+    assert (own.text, demo.text) == ("corpus", "e2e-sae-demo")
+
+
+def test_what_text_is_called(folder: Path):
+    Path("texts/mine").mkdir(parents=True)
+    for dataset, name in (
+        ("Skylion007/openwebtext", "Skylion007/openwebtext"), ("texts/mine/", "mine"),
+        ("/data/on/another/machine", "machine"), (str(folder / "texts"), "texts"), (".", folder.name), ("", None),
+        (None, None),
+    ):  # fmt: skip
+        assert text_name(dataset) == name
+    assert dataset_of(made_up_sae(**DEMO)) == "e2e-sae-demo"
+    assert dataset_of(made_up_sae(**DEMO), "other") == "other"
+    assert dataset_of(made_up_sae(**{**DEMO, "model_name": "gpt2"}, dataset_path="a/b")) == "a/b"
 
 
 def test_short_text_is_used_whole_and_says_so(folder: Path, texts: str, demo_model: Any, caplog: Any):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
 import logging
 import re
@@ -73,7 +74,8 @@ def evaluation(l0: float = 20.5, increase: float = 0.125, **metrics: Estimate | 
 
 HELD_OUT = {
     "metrics/ce_loss_increase": 0.25, "metrics/held_out_kl": 0.375, "metrics/held_out_l0": 12.0,
-    "metrics/held_out_mse": 7.0, "metrics/held_out_downstream_mse/blocks.7.hook_resid_pre": 5.0,
+    "metrics/held_out_mse": 7.0, "metrics/ce_loss_without_sae": 3.5,
+    "metrics/held_out_downstream_mse/blocks.7.hook_resid_pre": 5.0,
 }  # fmt: skip
 RUN = {
     "sae": {"architecture": "standard", "l1_coefficient": 0.25, "normalize_activations": "none", "device": "cuda"},
@@ -82,6 +84,8 @@ RUN = {
     "max_grad_norm": 10.0, "n_eval_batches": 2, "eval_batch_size_prompts": 8, "context_size": 128,
     "output_path": "/home/me/runs/1",
 }  # fmt: skip
+
+LONG_RUN = {"training_tokens": 5000, "train_batch_size_tokens": 10, "dead_feature_window": 100}
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -222,6 +226,7 @@ From the training run's own last evaluation, on 16 sequences of 128 tokens held 
 
 |  | layer6/e2e |
 | --- | --- |
+| CE loss of the clean model | 3.5000 |
 | CE loss increase | +0.2500 |
 | KL to the clean model | 0.3750 |
 | L0 | 12.00 |
@@ -257,7 +262,14 @@ Each point is an SAE; left and down is better. Bars, where there are any, are 95
 def test_of_several_saes_each_has_a_row_with_its_numbers_and_where_they_are_from():
     entries = [
         entry("measured", evaluation=evaluation()),
-        entry("logged", Objective.local(), held_out=HELD_OUT, num_dead_features=2, hook_name="blocks.2.hook_mlp_out"),
+        entry(
+            "logged",
+            Objective.local(),
+            held_out=HELD_OUT,
+            run=LONG_RUN,
+            num_dead_features=2,
+            hook_name="blocks.2.hook_mlp_out",
+        ),
         entry("neither", cfg={"architecture": "jumprelu"}, training_architecture="batchtopk", kind="my kind"),
     ]
     card = model_card(REPO, entries)
@@ -270,7 +282,9 @@ def test_of_several_saes_each_has_a_row_with_its_numbers_and_where_they_are_from
         in rows
     )
     assert f"| neither | {HOOK} | jumprelu (trained as batchtopk) | 6 | my kind | — | — | — | — |" in rows
-    assert "Without brackets: from the training run's own held-out evaluation." in card
+    assert (
+        "Without brackets: from the training run's own held-out evaluation, on other text: not comparable with" in card
+    )
     measured = section(card, "Evaluation")
     assert "on 2,048 tokens in 16 sequences" in measured
     assert "| CE loss increase | +0.1250 [+0.0938, +0.1562] |" in measured
@@ -278,6 +292,75 @@ def test_of_several_saes_each_has_a_row_with_its_numbers_and_where_they_are_from
     assert "recovered" not in measured
     assert "| blocks.7.hook_resid_pre | 3 |" in measured
     assert "The other SAEs: from the training run's own last evaluation, on text held out" in measured
+
+
+def on_text(text: str | None, clean: float, **changes: Any) -> Evaluation:
+    found = evaluation(ce_loss_without_sae=Estimate(clean, clean - 1, clean + 1))
+    return dataclasses.replace(found, text=text, **changes)
+
+
+NOT_COMPARABLE = "Not all of these were measured on the same text"
+
+
+def test_the_text_that_was_measured_on_and_the_clean_models_loss_are_said():
+    card = model_card(REPO, [entry("a", evaluation=on_text("owner/some_words", 3.25))])
+    measured = section(card, "Evaluation")
+    assert "on 2,048 tokens in 16 sequences of owner/some_words, with" in measured
+    assert "| CE loss of the clean model | 3.2500 |" in measured
+    assert NOT_COMPARABLE not in measured
+    dataset = front_matter(card)["model-index"][0]["results"][0]["dataset"]
+    assert dataset == {"name": "owner/some_words, 2,048 tokens", "type": "owner/some_words"}
+    assert "of the clean model" not in str(front_matter(card)["model-index"])  # it is no result of the SAE
+    unknown = model_card(REPO, [entry("a", evaluation=evaluation())])
+    assert "on 2,048 tokens in 16 sequences, with" in section(unknown, "Evaluation")
+    assert "of the clean model" not in unknown
+    dataset = front_matter(unknown)["model-index"][0]["results"][0]["dataset"]
+    assert dataset == {"name": "Text, 2,048 tokens", "type": "text"}
+    local = model_card(REPO, [entry("a", evaluation=on_text("/home/me/words", 3.25))])
+    assert "sequences of words, with" in local
+    assert "/home/me" not in local
+
+
+def test_numbers_of_different_text_are_called_not_comparable():
+    logged = entry("b", held_out=HELD_OUT)
+    card = model_card(REPO, [entry("a", evaluation=on_text("words", 3.25)), logged])
+    measured = section(card, "Evaluation")
+    assert "| CE loss of the clean model | 3.2500 |" in measured
+    assert "| CE loss of the clean model | 3.5000 |" in measured
+    assert "held out from training: other text than above." in measured
+    assert NOT_COMPARABLE in measured
+    one = entry("a", evaluation=on_text("words", 3.25))
+    for other, differs in (
+        (on_text("words", 3.25), False), (on_text("prose", 3.25), True), (on_text("words", 3.5), True),
+        (on_text("words", 3.25, n_tokens=1024), True),
+    ):  # fmt: skip
+        card = model_card(REPO, [one, entry("b", evaluation=other)])
+        assert (NOT_COMPARABLE in card) == differs
+    assert NOT_COMPARABLE not in model_card(REPO, [logged, entry("c", held_out=HELD_OUT)])
+    elsewhere = entry("c", held_out={**HELD_OUT, "metrics/ce_loss_without_sae": 4.0})
+    assert NOT_COMPARABLE in model_card(REPO, [logged, elsewhere])
+    many = section(model_card(REPO, [logged, elsewhere, one, entry("d"), entry("e", held_out=HELD_OUT)]), "Evaluation")
+    assert "| CE loss of the clean model | 3.5000 | 4.0000 | 3.5000 |" in many
+
+
+@pytest.mark.parametrize(
+    ("changes", "alive"),
+    [
+        ({}, 4), ({"dead_feature_window": 499}, 4), ({"dead_feature_window": 500}, None),
+        ({"dead_feature_window": 1000}, None), ({"dead_feature_window": None}, None), ({"training_tokens": None}, None),
+        ({"train_batch_size_tokens": 0}, None), ({"patience_evaluations": 2}, None),
+    ],
+)  # fmt: skip
+def test_features_are_only_called_alive_after_long_enough_a_run(changes: dict[str, Any], alive: int | None):
+    assert entry(num_dead_features=2, run={**LONG_RUN, **changes}).alive == alive
+    assert entry(num_dead_features=2).alive is None  # SAELens's, or a run that nothing is known of
+    assert entry(run={**LONG_RUN, **changes}).alive is None
+
+
+@pytest.mark.parametrize(("step", "alive"), [(100, None), (101, 4), (900, 4)])
+def test_a_run_that_stopped_early_is_as_long_as_its_last_evaluation_says(step: int, alive: int | None):
+    run = {**LONG_RUN, "patience_evaluations": 2}
+    assert entry(num_dead_features=2, run=run, held_out={**HELD_OUT, "step": step}).alive == alive
 
 
 def test_many_saes_get_a_row_each_in_the_evaluation():
@@ -622,6 +705,7 @@ def test_hostile_metadata_break_nothing(text: str, caplog: pytest.LogCaptureFixt
         [
             honest,
             hostile,
+            entry("measured", evaluation=dataclasses.replace(evaluation(), text=text)),
             CardEntry("list", {"metadata": {**metadata(kind=[text], hook_name={text: text}), "objective": text}}),
         ],
     )

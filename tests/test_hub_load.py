@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
+from e2e_sae_plugin.comparison.subjects import load_subjects
 from e2e_sae_plugin.finetune.start import load_sae, same_weights
 from e2e_sae_plugin.hub import download
 from e2e_sae_plugin.hub.calls import HubError
@@ -180,7 +181,7 @@ def test_missing_repositories_revisions_and_ids(hub: HubServer, files: dict[str,
         ("gpt2-small-res-jp", {}, "SAELens has no release 'gpt2-small-res-jp'.*Did you mean 'gpt2-small-res-jb'"),
         ("gpt2-small-res-jb", {}, r"needs a sae_id\. It has 13: blocks\.0"),
         ("gpt2-small-res-jb", {"sae_id": "blocks.6.resid_pre"}, r"Did you mean 'blocks\.6\.hook_resid_pre'"),
-        ("gpt2-small-res-jb", {"layer": 6}, "layer only mean something for 'e2e-sae-gpt2-small'"),
+        ("gpt2-small-res-jb", {"layer": 6}, "layer can only be given for 'e2e-sae-gpt2-small'"),
         ("gemma-scope-2b-pt-res", {"sae_id": "embedding/width_4k/average_l0_6", "revision": "v2"}, "branch main only"),
         (
             "gemma-scope-2b-pt-res",
@@ -261,3 +262,24 @@ def test_another_format_from_a_hub_that_fails(fault: Fault, hub: HubServer, othe
     hub.faults.append(dataclasses.replace(fault))
     with pytest.raises(HubError, match=f"Could not load the SAE {re.escape(other_format[1])} of {RELEASE}"):
         load_pretrained(RELEASE, other_format[1])
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", torch.device("meta"), 3.5])
+def test_a_device_that_is_not_here_is_refused_and_removes_nothing(hub: HubServer, files: dict[str, bytes], device: Any):
+    hub.create(REPO, files)
+    load_pretrained(REPO, ID)
+    n = len(hub.requests)
+    with pytest.raises(ValueError, match="device="):
+        load_pretrained(REPO, ID, device=device)
+    assert len(hub.requests) == n
+    hub.stop()
+    assert is_of(load_pretrained(REPO, ID, device=torch.device("cpu"), dtype=torch.float32), files)
+
+
+def test_the_only_sae_of_a_revision_needs_no_id_anywhere(hub: HubServer, files: dict[str, bytes]):
+    hub.create(REPO, files)
+    (found,) = load_subjects([f"{REPO}@main"])
+    assert is_of(found.sae, files)
+    assert is_of(load_sae(f"{REPO}@main"), files)
+    with pytest.raises(ValueError, match=f"sae_id='{ID}'"):
+        load_pretrained(f"{REPO}@main:{ID}")

@@ -154,6 +154,14 @@ def test_other_weights_under_the_same_id(hub: HubServer):
     assert first.commit in hub.repositories[REPO].commits
 
 
+def test_a_file_in_the_place_of_a_folder(hub: HubServer):
+    hub.create(REPO, files={"notes": b"x"})
+    before = hub.snapshot()
+    with pytest.raises(ValueError, match="has a file 'notes'"):
+        push_to_hub({"notes/a": an_sae()}, REPO)
+    assert hub.snapshot() == before
+
+
 def test_private(hub: HubServer):
     push_to_hub(an_sae(), REPO, private=True)
     assert hub.repositories[REPO].private
@@ -283,6 +291,10 @@ REFUSED = {
     "empty id": (lambda _: {"": an_sae()}, "cannot be an SAE's id"),
     "id with a space": (lambda _: {"my sae": an_sae()}, "cannot be an SAE's id"),
     "ids of one folder": (lambda _: {"a": an_sae(), "A": an_sae(seed=1)}, "two SAEs with the id 'a'"),
+    "the card's place": (lambda _: {"README.md": an_sae()}, "that the repository has besides"),
+    "the figures' place": (lambda _: {"Figures/a": an_sae()}, "that the repository has besides"),
+    "another SAE's file": (lambda _: {"a": an_sae(), "a/cfg.json": an_sae()}, "that the repository has besides"),
+    "a very long id": (lambda _: {"a" * 300: an_sae()}, "too long"),
     "several at once": (lambda p: {"a": not_finite(p), "../b": an_sae()}, r"(?s)cannot be an SAE's id.*not finite"),
 }  # fmt: skip
 
@@ -314,8 +326,16 @@ def test_settings_without_meaning(hub: HubServer, tmp_path: Path):
         push_to_hub(tmp_path, REPO, evaluations=an_evaluation(an_sae(), l0=1.0))
     with pytest.raises(ValueError, match="evaluation of 'c', but no such SAE"):
         push_to_hub(tmp_path, REPO, evaluations={"c": an_evaluation(an_sae(), l0=1.0)})
-    with pytest.raises(ValueError, match="revision must not be empty"):
-        push_to_hub(tmp_path, REPO, revision=" ")
+    revision: Any
+    for revision in ("", " ", "bad branch", "-x", "a..b", "a/", "x.lock", "deadbeef", "0" * 40, 3):
+        with pytest.raises(ValueError, match="revision="):
+            push_to_hub(tmp_path, REPO, revision=revision)
+    license: Any
+    for license in ("", "not a licence: [x", "MIT", 3):
+        with pytest.raises(ValueError, match="license="):
+            push_to_hub(tmp_path, REPO, license=license)
+    with pytest.raises(ValueError, match="commit_message must not be empty"):
+        push_to_hub(tmp_path, REPO, commit_message=" ")
     assert hub.requests == []
 
 

@@ -28,7 +28,7 @@ TOKEN = "hf_good"
 UPLOADING = ("validate_yaml", "preupload", "lfs_batch", "lfs_put", "lfs_verify", "commit")
 TO_NEW = ("repo_info", "create_repo", *UPLOADING)
 TO_EXISTING = ("repo_info", "head_file", "get_file", *UPLOADING)
-REFUSALS = (401, 403)
+REFUSALS = (401, 403, 404, 409)
 PASSING = (429, 500, 503, "drop", "hang")
 DONE_BUT = ("drop_after", "fail_after")
 
@@ -76,6 +76,7 @@ CASES = [
     *itertools.product(["existing"], ["lfs_put", "commit"], DONE_BUT, [1, None]),
     *itertools.product(["branch"], ["create_branch", "commit"], DONE_BUT, [1, None]),
 ]
+CASES = [case for case in CASES if case[1:3] != ("repo_info", 404)]  # that is how a new repository begins
 # All of them are tried by `make faults`; these by every run of the tests.
 ALWAYS = [
     case for case in CASES if case[2:] in ((401, 1), (503, 1), (500, None), ("drop_after", 1), ("fail_after", None))
@@ -126,6 +127,21 @@ def test_all_or_nothing(
         SAE.from_pretrained(REPO, name)
     leaks = [text for text in (*texts_of(error), caplog.text, *capfd.readouterr()) if TOKEN in text]
     assert leaks == []
+
+
+@pytest.mark.parametrize("what", [401, 404, 500, "drop"])
+def test_xet_storage_that_fails(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: Any):
+    online(monkeypatch, hub, tmp_path / "xet", xet=True, timeout=0.25)
+    hub.faults.append(Fault("xet_token", what, times=None, message="no {token} for you"))
+    with pytest.raises(HubError) as caught:
+        push()
+    assert hub.count("xet_token") > 0
+    assert hub.repositories == {}
+    assert not any(TOKEN in text for text in texts_of(caught.value))
+    hub.upload_mode = lambda _path, _size: "regular"
+    hub.faults.clear()
+    push()
+    assert complete(hub)
 
 
 def test_someone_else_commits_in_between(hub: HubServer):

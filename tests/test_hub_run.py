@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -187,6 +188,11 @@ def test_a_fine_tuned_sae_goes_up_in_its_originals_form(hub: HubServer, tmp_path
         config, load_pretrained(REPO, HOOK), override_dataset=token_dataset(), override_model=tiny_hooked_transformer()
     )
     runner.run()
+    with pytest.raises(ValueError, match="hub_checkpoints=True is refused in a fine-tune"):
+        FinetuneRunner(
+            dataclasses.replace(config, hub_checkpoints=True, n_checkpoints=1, checkpoint_path=str(tmp_path / "c")),
+            load_pretrained(REPO, HOOK), override_dataset=token_dataset(), override_model=tiny_hooked_transformer(),
+        )  # fmt: skip
     assert same(SAE.from_pretrained(REPO, "tuned"), SAE.load_from_disk(tmp_path / "tuned"))
     assert (tmp_path / "tuned/finetune.json").exists() or any((tmp_path / "tuned").glob("*.md"))  # reported before
 
@@ -195,7 +201,7 @@ REFUSED = {
     "no repository's name": ({"push_to_hub": "saes"}, r"push_to_hub='saes' must be OWNER/NAME"),
     "no output": ({"output_path": None}, "needs an output_path"),
     "an id of no folder": ({"hub_sae_id": "../x"}, "hub_sae_id: '../x' cannot be"),
-    "an empty branch": ({"hub_revision": ""}, "hub_revision must name a branch"),
+    "an empty branch": ({"hub_revision": ""}, "hub_revision='' is no name for a branch"),
     "no checkpoints": ({"hub_checkpoints": True}, "there are none"),
     "private without a push": ({"push_to_hub": None, "hub_private": True}, "no effect without push_to_hub"),
     "a branch without a push": ({"push_to_hub": None, "hub_revision": "dev"}, "no effect without push_to_hub"),

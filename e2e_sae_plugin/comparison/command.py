@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from e2e_sae_plugin.comparison.compare import compare
-from e2e_sae_plugin.comparison.inputs import evaluation_tokens, load_model_of
+from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
 from e2e_sae_plugin.comparison.report import write_report_of
 from e2e_sae_plugin.comparison.subjects import Subject, check_finite, check_same_model, load_subjects
 from e2e_sae_plugin.config import MODEL_CLASSES
@@ -55,7 +55,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     if len(subjects) > 1:
         raise ValueError(f"{args.sae!r} holds {len(subjects)} SAEs. Name one of them, or use e2e-sae compare.")
     found = evaluate(
-        subjects[0].sae, model, tokens, name=subjects[0].name, hook_name=args.hook,
+        subjects[0].sae, model, tokens, name=subjects[0].name, hook_name=args.hook, text=_text(args, subjects),
         batch_size_prompts=args.batch_prompts, progress=True,
     )  # fmt: skip
     print(found)
@@ -85,7 +85,7 @@ def compare_command(argv: Sequence[str]) -> None:
     subjects, model, tokens = _inputs(args, args.saes)
     found = compare(
         subjects, model, tokens, cache=args.output, n_cards=args.cards, n_exact=args.exact, hook_name=args.hook,
-        batch_size_prompts=args.batch_prompts, progress=True,
+        text=_text(args, subjects), batch_size_prompts=args.batch_prompts, progress=True,
     )  # fmt: skip
     written = write_report_of(found, args.output, args.title)
     for each in found.findings:
@@ -134,3 +134,8 @@ def _inputs(args: argparse.Namespace, sources: Sequence[str]) -> tuple[list[Subj
         first, model, args.tokens, dataset=args.dataset, context_size=args.context_size, streaming=args.streaming
     )
     return subjects, model, tokens
+
+
+def _text(args: argparse.Namespace, subjects: Sequence[Subject]) -> str | None:
+    """What `_inputs` took the tokens from."""
+    return text_name(dataset_of(subjects[0].sae, args.dataset))

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from e2e_sae_plugin.evaluation.evaluate import check_tokens, common_place, evalu
 from e2e_sae_plugin.evaluation.feature_card import FeatureCard
 from e2e_sae_plugin.evaluation.importance import FeatureImportance, feature_importance
 from e2e_sae_plugin.evaluation.place import Place, splice_at
-from e2e_sae_plugin.evaluation.result import Evaluation
+from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def compare(
     card_tokens: int = 65_536,
     batch_size_prompts: int = 8,
     hook_name: str | None = None,
+    text: str | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Comparison:
@@ -91,6 +92,7 @@ def compare(
         card_tokens: cards and importance are made on so many of the tokens.
         batch_size_prompts: sequences that go through the model at once.
         hook_name: see `evaluate_many`.
+        text: see `evaluate_many`; the report says it.
         seed: of bootstraps, of importance and of the dip test.
         progress: show a bar.
 
@@ -115,7 +117,8 @@ def compare(
     by_name = {each.name: each.sae for each in subjects}
     place = common_place(by_name, model, hook_name)
     check_tokens(tokens, splice_at(model, place, list(by_name.values()), list(by_name)).vocabulary)
-    settings = {"batch_size_prompts": batch_size_prompts, "hook_name": hook_name, "seed": seed, "progress": progress}
+    settings = {"batch_size_prompts": batch_size_prompts, "hook_name": hook_name, "text": text, "seed": seed}
+    settings["progress"] = progress
     evaluations = _evaluations(by_name, model, tokens, settings, cache, place)
     matched = _matched_by_ce(groups, evaluations)
     geometry: dict[tuple[str, str], Geometry] = {}
@@ -169,7 +172,11 @@ def _evaluations(
         "seed": settings["seed"],
     }
     keys = {name: {**common, "sae": fingerprint(sae), "cfg": _computed(sae)} for name, sae in saes.items()}
-    found = {name: each for name in saes if (each := _cached(folder / f"{file_stem(name)}.json", keys[name], name))}
+    found = {
+        name: each if settings["text"] is None else replace(each, text=settings["text"])
+        for name, sae in saes.items()
+        if (each := _cached(folder / f"{file_stem(name)}.json", keys[name], name, sae))
+    }
     missing = {name: sae for name, sae in saes.items() if name not in found}
     if found:
         logger.info("%d of %d evaluations are those in %s.", len(found), len(saes), folder)
@@ -184,12 +191,16 @@ def _evaluations(
     return {name: found[name] for name in saes}
 
 
-def _cached(path: Path, key: dict[str, Any], name: str) -> Evaluation | None:
+def _cached(path: Path, key: dict[str, Any], name: str, sae: SAE[Any]) -> Evaluation | None:
     try:
         content = json.loads(path.read_text())
-        return Evaluation.from_dict({**content["evaluation"], "name": name}) if content["key"] == key else None
+        if content["key"] != key:
+            return None
+        found = Evaluation.from_dict({**content["evaluation"], "name": name})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    # The key holds a fingerprint, which samples the weights.
+    return found if found.weights_sha256 in (None, weights_sha256(sae)) else None
 
 
 def _computed(sae: SAE[Any]) -> dict[str, Any]:

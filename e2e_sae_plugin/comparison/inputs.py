@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,20 @@ def load_model_of(
     return load_language_model(model_class, name, device, {**kwargs, **({} if dtype is None else {"dtype": dtype})})
 
 
+def dataset_of(sae: SAE[Any], dataset: str | None = None) -> str | None:
+    """The dataset that is given, else the one that an SAE's metadata name; the bundled model has its own."""
+    metadata = sae.cfg.metadata
+    return dataset or (BUNDLED if metadata.model_name == BUNDLED else metadata.dataset_path)
+
+
+def text_name(dataset: str | None) -> str | None:
+    """What a dataset is called where results are read: of a place on this machine, the last component."""
+    if not dataset:
+        return None
+    path = Path(dataset)
+    return path.absolute().name or None if path.is_absolute() or path.exists() else dataset
+
+
 def evaluation_tokens(
     sae: SAE[Any],
     model: Any,
@@ -75,9 +90,7 @@ def evaluation_tokens(
         ValueError: no dataset is known, it has no sequence, or sequences of that size cannot be.
     """
     metadata = sae.cfg.metadata
-    if metadata.model_name == BUNDLED and dataset is None:
-        dataset = BUNDLED
-    dataset = dataset or metadata.dataset_path
+    dataset = dataset_of(sae, dataset)
     context = (metadata.context_size or DEFAULT_CONTEXT) if context_size is None else context_size
     if context < 2:
         raise ValueError(f"context_size (--context-size) must be at least 2, got {context}.")

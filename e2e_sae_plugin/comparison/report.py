@@ -56,8 +56,8 @@ def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report
         title=title,
         subtitle=f"{len(found.subjects)} SAE{'s' * several} on {found.place.hook_name} of "
         f"{found.subjects[0].sae.cfg.metadata.model_name or 'a model without a name'}, on {first.n_tokens:,} tokens in "
-        f"{first.n_sequences:,} sequences; clean CE loss {clean:.4f} nats per token. Brackets: 95 % intervals of a "
-        "bootstrap over sequences.",
+        f"{first.n_sequences:,} sequences{f' of {first.text}' if first.text else ''}; clean CE loss {clean:.4f} nats per "
+        "token. Brackets: 95 % intervals of a bootstrap over sequences.",
         summary=tuple(summary),
         sections=tuple(section for section in sections if section.charts or section.tables or section.card_groups),
         warnings=found.warnings,

@@ -103,12 +103,12 @@ def _load(place: str, device: str) -> list[tuple[str, SAE[Any]]]:
             raise ValueError(f"The folder {place!r} holds no SAE: neither it nor a folder in it has a cfg.json.")
         return [(folder.resolve().name, load_quietly(folder, device=device)) for folder in folders]
     release, sign, sae_id = place.partition(":")
-    if not sign:
+    if not sign and "@" not in place:
         raise ValueError(
             f"There is no folder {place!r}. Expected a folder, or RELEASE:SAE_ID for one of SAELens's releases or a Hub "
             "repository."
         )
-    return [(f"{release}:{sae_id}", load_quietly(release, sae_id, device))]
+    return [(place, load_quietly(release, sae_id or None, device))]
 
 
 def check_same_model(subjects: Sequence[Subject]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from e2e_sae_plugin.evaluation.metrics import Reconstruct, reconstruct_with
 from e2e_sae_plugin.evaluation.place import Place, place_of, splice_at
-from e2e_sae_plugin.evaluation.result import Evaluation
+from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 from e2e_sae_plugin.evaluation.running import ESTIMATED_NORMALISATIONS, RunningMeans, SAESums, layer_norm
 from e2e_sae_plugin.evaluation.sums import SequenceSums, check_confidence
 from e2e_sae_plugin.kernels.kl import chunk_tokens
@@ -44,6 +45,7 @@ def evaluate_many(
     tokens: Tensor,
     *,
     hook_name: str | None = None,
+    text: str | None = None,
     batch_size_prompts: int = 8,
     ablations: bool = True,
     n_resamples: int = 1000,
@@ -66,6 +68,7 @@ def evaluate_many(
         model: a `HookedTransformer`, a `TransformerBridge` or a `HookedProxyLM`.
         tokens: token ids `[n_prompts, pos]`. Use text that neither model nor SAE was trained on.
         hook_name: where to splice SAEs whose metadata name no hook, or another one than they name.
+        text: what the tokens are of, such as the name of a dataset; results and model cards say it.
         batch_size_prompts: sequences that go through the model at once.
         ablations: also run the model with the activations replaced by zeros and by their mean, for the CE loss recovered.
         n_resamples: of the bootstrap over sequences.
@@ -119,7 +122,8 @@ def evaluate_many(
     bar.close()
     common = {"hook_name": place.hook_name, "shared": shared, "means": means, "ablations": ablations}
     common |= {"n_resamples": n_resamples, "confidence": confidence, "seed": seed}
-    return {name: sums[name].result(name, saes[name], **common) for name in saes}
+    found = {name: sums[name].result(name, sae, **common) for name, sae in saes.items()}
+    return {name: replace(each, weights_sha256=weights_sha256(saes[name]), text=text) for name, each in found.items()}
 
 
 def common_place(saes: Mapping[str, SAE[Any]], model: Any, hook_name: str | None = None) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
 from e2e_sae_plugin.evaluation.estimate import Estimate
@@ -78,6 +80,10 @@ class Evaluation:
     same resamples for all SAEs that are measured on the same number of sequences with the same seed, so that differences
     and ratios between SAEs get paired intervals."""
     warnings: tuple[str, ...] = ()
+    weights_sha256: str | None = None
+    """`weights_sha256` of the SAE that was measured; None in files of before it was noted."""
+    text: str | None = None
+    """What the tokens are of, as its reader will know it: the name of a dataset. None: nobody said."""
 
     @property
     def n_alive(self) -> int:
@@ -106,7 +112,7 @@ class Evaluation:
     def __str__(self) -> str:
         lines = [
             f"{self.name}: {self.architecture}, {self.d_in} x {self.d_sae} on {self.hook_name}; {self.n_tokens:,} tokens in "
-            f"{self.n_sequences:,} sequences"
+            f"{self.n_sequences:,} sequences" + (f" of {self.text}" if self.text else "")
         ]
         for name, (label, form) in LABELS.items():
             estimate = self.metrics.get(name)
@@ -143,11 +149,13 @@ class Evaluation:
                 name: [float(f"{x:.9g}") for x in values.tolist()] for name, values in self.resamples.items()
             },
             "warnings": list(self.warnings),
+            "weights_sha256": self.weights_sha256,
+            "text": self.text,
         }
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Evaluation:
-        """What `to_dict` gave."""
+        """What `to_dict` gave; `weights_sha256` and `text` may be missing."""
         entries = {name: value for name, value in entries.items() if name != "n_alive"}
         return cls(
             **{
@@ -173,3 +181,27 @@ class Evaluation:
     def load(cls, path: str | Path) -> Evaluation:
         """Read what `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+@torch.no_grad()
+def weights_sha256(sae: SAE[Any]) -> str:
+    """SHA-256 over the names, shapes and values, in fp32, of all weights of an SAE in inference form.
+
+    A training SAE has the digest of the inference SAE that SAELens exports of it, and an SAE in bfloat16 or float16 that of
+    itself in float32. Unlike `checkpoint.identity.fingerprint`, which takes a sample, it sees that one feature was changed.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_inference_weights(sae).items()):
+        value = tensor.float() if tensor.is_floating_point() else tensor
+        flat = value.detach().reshape(-1).contiguous().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def _inference_weights(sae: SAE[Any]) -> dict[str, Tensor]:
+    weights = sae.state_dict()
+    if isinstance(sae, TrainingSAE):
+        weights = {name: value.detach().clone() for name, value in weights.items()}  # may be changed in place
+        sae.process_state_dict_for_saving_inference(weights)
+    return weights

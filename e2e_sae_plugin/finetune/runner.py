@@ -84,6 +84,11 @@ class FinetuneRunner(E2ESAETrainingRunner):
             raise ValueError(
                 "n_eval_batches=0 leaves no tokens for the report of before and after: set it to 1 or more."
             )
+        if cfg.hub_checkpoints:
+            raise ValueError(
+                "hub_checkpoints=True is refused in a fine-tune: its checkpoints are in training form, and only the finished "
+                "SAE is put back into its original's. Leave it out."
+            )
         self.original, self.source, self.force = sae.to(cfg.device), source, force
         super().__init__(
             cfg,

@@ -51,7 +51,7 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
             raise ValueError(f"The SAE in {str(source)!r} is damaged: {error}. Fetch or save it again.") from error
     if Path(source).is_file():
         raise ValueError(f"{str(source)!r} is a file. Give the folder that it lies in.")
-    if sae_id is None:
+    if sae_id is None and "@" not in str(source):  # `owner/name@revision` can be nothing but a repository
         raise ValueError(
             f"There is no folder {str(source)!r}, so it is taken for a release of SAELens or a Hub repository, and needs a "
             "sae_id (--sae-id)."

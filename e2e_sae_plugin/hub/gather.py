@@ -69,8 +69,8 @@ def gather(
         evaluations: of the single SAE, or by id. They win over an `evaluation.json` beside an SAE.
 
     Raises:
-        ValueError: there is nothing to share, an id is not legal or there twice, or an SAE cannot be loaded, is not finite
-            or lacks what its users need to know. All that is wrong is said at once.
+        ValueError: there is nothing to share, an id is not legal or there twice, an evaluation is of other weights, or an
+            SAE cannot be loaded, is not finite or lacks what its users need to know. All that is wrong is said at once.
     """
     named = _named(saes, sae_id)
     given = _by_id(evaluations, named)
@@ -151,12 +151,16 @@ def _bad_ids(named: Mapping[str, Source]) -> list[str]:
     problems = [problem for name in named if (problem := sae_id_problem(name)) is not None]
     # Folders of one name are one folder on some disks.
     folded = [str(name).casefold() for name in named]
-    problems += [f"There are two SAEs with the id {name!r}." for name in sorted(set(folded)) if folded.count(name) > 1]
+    problems += [
+        f"There are two SAEs with the id {name!r}, upper and lower case taken as one, as some disks do."
+        for name in sorted(set(folded))
+        if folded.count(name) > 1
+    ]
     return problems
 
 
 def _gathered(sae_id: str, source: Source, folder: Path, evaluation: Evaluation | None) -> SharedSAE:
-    _copy(source, folder)
+    given = _copy(source, folder)
     metadata = check_sae_folder(folder)
     for name in ("model_name", "dataset_path"):
         if isinstance(metadata.get(name), str) and Path(metadata[name]).is_dir():
@@ -171,7 +175,7 @@ def _gathered(sae_id: str, source: Source, folder: Path, evaluation: Evaluation 
     elif beside is not None and (beside / EVALUATION_FILENAME).is_file():
         evaluation = read_evaluation(beside / EVALUATION_FILENAME)
         evaluation.save(folder / EVALUATION_FILENAME)
-    check_evaluation(evaluation, metadata)
+    check_evaluation(evaluation, metadata, given)
     held_out = None if beside is None else last_held_out(beside / METRICS_FILENAME)
     if held_out:
         (folder / HELD_OUT_FILENAME).write_text(json.dumps(held_out, indent=2) + "\n")
@@ -181,16 +185,22 @@ def _gathered(sae_id: str, source: Source, folder: Path, evaluation: Evaluation 
     return SharedSAE(sae_id, folder, sums, entry_of(sae_id, folder))
 
 
-def _copy(source: Source, folder: Path) -> None:
-    """The files of the shared format; what an SAE in training form has to become first."""
+def _copy(source: Source, folder: Path) -> SAE[Any] | None:
+    """The files of the shared format; what an SAE in training form has to become first.
+
+    Returns:
+        The SAE that had to be saved for that; None where its files were there.
+    """
     if isinstance(source, SAE):
         _save(source, folder)
-        return
+        return source
     source = Path(source)
     if not source.is_dir():
         raise ValueError(f"there is no folder {str(source)!r}.")
+    given: SAE[Any] | None = None
     if (source / MANIFEST_FILENAME).exists():
-        _save(finished_sae(source), folder)
+        given = finished_sae(source)
+        _save(given, folder)
     else:
         folder.mkdir()
         for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
@@ -200,6 +210,7 @@ def _copy(source: Source, folder: Path) -> None:
     for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, E2E_CFG_FILENAME):
         if (source / name).is_file():
             _link(source / name, folder / name)
+    return given
 
 
 def _link(source: Path, target: Path) -> None:
@@ -214,6 +225,6 @@ def _save(sae: SAE[Any], folder: Path) -> None:
             "load it without. Share what the finished run saved, or fold it: sae.fold_activation_norm_scaling_factor(...)."
         )
     if isinstance(sae, TrainingSAE):
-        copy.deepcopy(sae).save_inference_model(folder)  # the export changes weights in place
+        copy.deepcopy(sae).save_inference_model(folder)  # an architecture's export may change its weights in place
     else:
         sae.save_model(folder)

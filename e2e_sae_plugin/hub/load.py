@@ -9,6 +9,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import SAE
 from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import (
@@ -51,8 +52,8 @@ def load_pretrained(
     layer: int | None = None,
     kind: str | None = None,
     matched: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
     token: Token = None,
     force_download: bool = False,
 ) -> SAE[Any]:
@@ -76,7 +77,7 @@ def load_pretrained(
         kind: of the paper's SAEs: "local", "e2e" or "e2e+ds".
         matched: of the paper's SAEs: "ce", similar CE loss increase, or "l0", similar L0.
         device: where to put it.
-        dtype: of its weights.
+        dtype: of its weights; default `"float32"`, whatever they are saved as, as in SAELens.
         token: of the Hub; default: the one logged in with.
         force_download: fetch it though the cache has it.
 
@@ -89,19 +90,34 @@ def load_pretrained(
         DamagedDownloadError: a file is not what it should be, even when fetched again.
     """
     name, revision = _with_revision(str(repo_or_release), revision)
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPE_MAP:
-        raise ValueError(f"dtype={dtype!r} is not known. Expected one of {', '.join(DTYPE_MAP)}.")
+        names = [name for name in DTYPE_MAP if not name.startswith("torch.")]
+        raise ValueError(f"dtype={dtype!r} is not known. Expected one of {', '.join(names)}.")
+    _check_device(device)
     asked = {"layer": layer, "kind": kind, "matched": matched}
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "token": token, "force_download": force_download}
+    settings: dict[str, Any] = {"device": str(device), "dtype": dtype, "token": token, "force_download": force_download}
     if name == PUBLISHED_NAME:
         if sae_id is not None:
             raise ValueError(f"{PUBLISHED_NAME} is asked for by layer, kind and matched, not by sae_id={sae_id!r}.")
         return _load_published(choose_published(layer, kind, matched), revision, settings)
     if given := [key for key, value in asked.items() if value is not None]:
         raise ValueError(
-            f"{' and '.join(given)} only mean something for {PUBLISHED_NAME!r}, got {name!r}. Give a sae_id instead."
+            f"{' and '.join(given)} can only be given for {PUBLISHED_NAME!r}, got {name!r}. Give a sae_id instead."
         )
     return _load(name, sae_id, revision, settings)
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raise ValueError for one that is not here: SAELens's reader would take that for a damaged file."""
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here: {reason} Use 'cpu', or one that is here."
+        ) from None
 
 
 def _load_published(row: PublishedSAE, revision: str | None, settings: dict[str, Any]) -> SAE[Any]:
@@ -218,7 +234,7 @@ def _load_other_format(
 
 def _say_where_from(sae: SAE[Any], sae_id: str, resolved: Resolved, published: PublishedSAE | None) -> None:
     sae.cfg.metadata.loaded_from = {
-        "repo_id": resolved.repo_id, "sae_id": sae_id, "revision": resolved.revision, "commit": resolved.commit,
+        "repo_id": resolved.repo_id, "sae_id": sae_id.rstrip("/"), "revision": resolved.revision, "commit": resolved.commit,
     }  # fmt: skip
     if published is not None:
         complete_metadata(sae.cfg.metadata, published)
@@ -229,6 +245,8 @@ def _with_revision(name: str, revision: str | None) -> tuple[str, str | None]:
     name, sign, own = name.partition("@")
     if not sign:
         return name, revision
+    if ":" in own:
+        raise ValueError(f"{name}@{own} names an SAE too. Give it as sae_id={own.partition(':')[2]!r}.")
     if not own or (revision is not None and revision != own):
         raise ValueError(f"{name}@{own} and revision={revision!r} do not agree: give the revision once.")
     return name, own

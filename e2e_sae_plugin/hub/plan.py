@@ -99,6 +99,17 @@ class Plan:
             if name not in each.sums and (path := f"{each.sae_id}/{name}") in there
         ]
 
+    def refuse_what_is_in_the_way(self, there: Mapping[str, RemoteFile]) -> None:
+        """Raise ValueError where a file of the repository has the place of an SAE's folder."""
+        for each in self.shared:
+            parts = each.sae_id.split("/")
+            for depth in range(1, len(parts) + 1):
+                if (path := "/".join(parts[:depth])) in there:
+                    raise ValueError(
+                        f"{self.repo_id} has a file {path!r} where the folder of the SAE {each.sae_id!r} would be. Give it "
+                        "another id. Nothing was sent."
+                    )
+
     def refuse_replacing(self, there: Mapping[str, RemoteFile]) -> None:
         """Raise ValueError where the repository has other weights under an id of these."""
         replaced = [

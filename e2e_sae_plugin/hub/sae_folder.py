@@ -16,15 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME
-from e2e_sae_plugin.evaluation.result import Evaluation
+from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 from e2e_sae_plugin.hub.card.entry import CardEntry
+from e2e_sae_plugin.output_folder import CHECKSUMS_FILENAME, EVALUATION_FILENAME, HELD_OUT_FILENAME
 
-CHECKSUMS_FILENAME = "checksums.sha256"
-"""SHA-256 sums of the folder's other files, as `sha256sum` writes and checks them."""
-EVALUATION_FILENAME = "evaluation.json"
-"""An `Evaluation` beside an SAE, as `e2e-sae evaluate --output` writes it."""
-HELD_OUT_FILENAME = "held_out.json"
-"""The last held-out evaluation of the run, for the model card."""
 SHARED_FILES = (
     SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME, E2E_CFG_FILENAME, EVALUATION_FILENAME,
     HELD_OUT_FILENAME, CHECKSUMS_FILENAME,
@@ -38,7 +33,7 @@ UNFOLDED = ("expected_average_only_in", "covariance_whitening")
 
 
 def check_sae_folder(folder: Path) -> dict[str, Any]:
-    """Load it as its users will; returns its metadata.
+    """Load it as its users will; returns its metadata, with `d_in`, `d_sae` and `weights_sha256` of what was loaded.
 
     Raises:
         ValueError: it cannot be loaded, is not finite, or its metadata are incomplete.
@@ -72,7 +67,7 @@ def check_sae_folder(folder: Path) -> dict[str, Any]:
     for name in (RUNNER_CFG_FILENAME, E2E_CFG_FILENAME):
         if (folder / name).exists():
             read_json(folder / name)
-    return {**metadata, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
+    return {**metadata, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "weights_sha256": weights_sha256(sae)}
 
 
 def _check_sparsity(path: Path, d_sae: int) -> None:
@@ -84,7 +79,18 @@ def _check_sparsity(path: Path, d_sae: int) -> None:
         raise ValueError(f"its {path.name} has no tensor 'sparsity' of {d_sae} numbers. Remove it or save it again.")
 
 
-def check_evaluation(evaluation: Evaluation | None, metadata: Mapping[str, Any]) -> None:
+def check_evaluation(evaluation: Evaluation | None, metadata: Mapping[str, Any], given: SAE[Any] | None = None) -> None:
+    """Refuse the evaluation of another SAE.
+
+    Args:
+        evaluation: None for none.
+        metadata: what `check_sae_folder` says of the SAE as it goes up.
+        given: the SAE in memory that was saved for that, if any: loaded again it has the dtype that
+            its config says, which may round it.
+
+    Raises:
+        ValueError: it says that it is of another size, hook or weights.
+    """
     if evaluation is None:
         return
     for name in ("d_in", "d_sae", "hook_name"):
@@ -93,6 +99,14 @@ def check_evaluation(evaluation: Evaluation | None, metadata: Mapping[str, Any])
                 f"its evaluation is of another SAE: {name}={getattr(evaluation, name)!r}, not {metadata[name]!r}. Evaluate "
                 f"this one (e2e-sae evaluate FOLDER --output FOLDER/{EVALUATION_FILENAME})."
             )
+    measured = evaluation.weights_sha256
+    if measured in (None, metadata["weights_sha256"]) or (given is not None and measured == weights_sha256(given)):
+        return
+    raise ValueError(
+        f"its evaluation is of other weights (SHA-256 {measured}, not {metadata['weights_sha256']}), so its numbers are not "
+        f"this SAE's. Evaluate this one (e2e-sae evaluate FOLDER --output FOLDER/{EVALUATION_FILENAME}), or remove "
+        f"{EVALUATION_FILENAME}."
+    )
 
 
 def entry_of(sae_id: str, folder: Path) -> CardEntry:

@@ -20,7 +20,7 @@ from e2e_sae_plugin.hub.plan import CARD_PATH, Change, Plan, Push
 from e2e_sae_plugin.hub.repository import LocalFile, RemoteFile, Target
 from e2e_sae_plugin.hub.revision import MAIN
 from e2e_sae_plugin.hub.sae_folder import SMALL_FILES, entry_of
-from e2e_sae_plugin.hub_names import check_repo_id
+from e2e_sae_plugin.hub_names import check_license, check_repo_id, check_revision
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,12 @@ def push_to_hub(
         HubError: the Hub refused or failed. The repository is as it was; repeat the push.
     """
     check_repo_id(repo_id)
-    for name, value in (("revision", revision), ("commit_message", commit_message)):
-        if value is not None and not value.strip():
-            raise ValueError(f"{name} must not be empty; leave it out for the default.")
+    if revision is not None:
+        check_revision(revision)
+    if license is not None:
+        check_license(license)
+    if commit_message is not None and not commit_message.strip():
+        raise ValueError("commit_message must not be empty; leave it out for the default.")
     with tempfile.TemporaryDirectory(prefix="e2e-sae-push-") as workspace:
         shared = gather(saes, Path(workspace), sae_id=sae_id, evaluations=evaluations)
         message = commit_message or _message([each.sae_id for each in shared])
@@ -131,6 +134,7 @@ class _Pusher:
     def _push_onto_head(self) -> Push:
         target = self.target
         there = target.files
+        self.plan.refuse_what_is_in_the_way(there)
         if not self.overwrite:
             self.plan.refuse_replacing(there)
         files, card = self.plan.files(self._readme(there), self._others(there))

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.sweep.config import SweepConfig
 from e2e_sae_plugin.sweep.runner import SweepRunner
 
@@ -53,14 +52,7 @@ def sweep(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(list(argv))
     cfg = SweepConfig.load(args.config)
-    first = next(iter(cfg.members().values())).config
-    runner = SweepRunner(
-        cfg,
-        override_model=bundled_model(first.model_name, str(first.device)),
-        override_dataset=bundled_dataset(first.dataset_path, first.context_size),
-        part=_part(args.part),
-    )
-    saes = runner.run()
+    saes = SweepRunner(cfg, part=_part(args.part)).run()
     failed = [name for name, sae in saes.items() if sae is None]
     print(
         f"{len(saes) - len(failed)} of {len(saes)} SAEs are in {cfg.output_path}, with their held-out metrics in sweep.csv."

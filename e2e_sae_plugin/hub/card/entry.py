@@ -129,12 +129,38 @@ class CardEntry:
         return float(value) if is_finite(value) else None
 
     @property
+    def clean_ce_loss(self) -> float | None:
+        """CE loss of the model without the SAE, where the metrics were measured: it tells one text from another."""
+        if self.evaluation is not None:
+            value = self.evaluation.value("ce_loss_without_sae")
+        else:
+            value = (self.held_out or {}).get("metrics/ce_loss_without_sae")
+        return float(value) if is_finite(value) else None
+
+    @property
     def alive(self) -> int | None:
-        """Features that fire: on the tokens of the evaluation, else at the end of training."""
+        """Features that fire: on the tokens of the evaluation, else at the end of a run that was long enough to tell."""
         if self.evaluation is not None:
             return self.evaluation.n_alive
         dead, d_sae = self.metadata.get("num_dead_features"), self.cfg.get("d_sae")
+        window, n_steps = (self.run or {}).get("dead_feature_window"), self._n_steps
+        # SAELens counts a feature as dead after more than `window` steps without firing: before, none can be.
+        if not isinstance(window, int) or n_steps is None or n_steps <= window:
+            return None
         return d_sae - dead if isinstance(dead, int) and isinstance(d_sae, int) else None
+
+    @property
+    def _n_steps(self) -> int | None:
+        """Steps of the run."""
+        run = self.run or {}
+        n_tokens, per_step = run.get("training_tokens"), run.get("train_batch_size_tokens")
+        if not isinstance(n_tokens, int) or not isinstance(per_step, int) or per_step < 1:
+            return None
+        if run.get("patience_evaluations") is None:
+            return n_tokens // per_step
+        # It may have stopped at an evaluation, which then is its last.
+        last = (self.held_out or {}).get("step")
+        return min(n_tokens // per_step, int(last)) if is_finite(last) else None
 
     @property
     def downstream_mse(self) -> dict[str, float]:

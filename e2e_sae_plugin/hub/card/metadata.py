@@ -50,14 +50,15 @@ def _one_or_all(names: Sequence[str]) -> str | list[str] | None:
 
 def _model_index(repo_id: str, entry: CardEntry) -> list[dict[str, Any]]:
     """The SAE's results, as a list of one model, or of none without a result."""
-    dataset = shown(entry.metadata.get("dataset_path") or "text")
-    if entry.evaluation is not None:
-        kind, name, split = "text", f"Text of {entry.evaluation.n_tokens:,} tokens", None
-    else:
-        slug = re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII).strip("-") or "text"
-        kind = hub_id(entry.metadata.get("dataset_path")) or slug
+    found = entry.evaluation
+    source = entry.metadata.get("dataset_path") if found is None else found.text
+    dataset = shown(source or "text")
+    kind = hub_id(source) or re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII).strip("-") or "text"
+    if found is None:
         name, split = f"{dataset}, held out from training", "held-out"
-    names = MAIN_METRICS if entry.evaluation is not None else HELD_OUT_NAMES
+    else:
+        name, split = f"{dataset if source else 'Text'}, {found.n_tokens:,} tokens", None
+    names = HELD_OUT_NAMES if found is None else MAIN_METRICS
     values = {label: value for label in names if (value := entry.point(label)) is not None}
     results = [
         EvalResult(

@@ -100,8 +100,10 @@ def list_of_saes(entries: Sequence[CardEntry]) -> str:
     if any(each.evaluation for each in entries):
         notes.append("In brackets: 95 % bootstrap intervals; see [Evaluation](#evaluation).")
     if any(each.evaluation is None and each.held_out for each in entries):
-        without = " Without brackets:" if any(each.evaluation for each in entries) else ""
-        notes.append(f"{without or 'The numbers are'} from the training run's own held-out evaluation.".strip())
+        start, end = "The numbers are", "."
+        if any(each.evaluation for each in entries):
+            start, end = "Without brackets:", ", on other text: not comparable with those in brackets."
+        notes.append(f"{start} from the training run's own held-out evaluation{end}")
     if any(each.evaluation is None and each.alive is not None for each in entries):
         notes.append("Alive: at the end of training.")
     return table + (f"\n{' '.join(notes)}\n" if notes else "")

@@ -124,12 +124,11 @@ def _in_order(recipes: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def evaluation(entries: Sequence[CardEntry], figure: str | None) -> str:
-    """What was measured on how many tokens, the downstream errors, and the figure; "" where there is none of it."""
+    """What was measured, on which tokens, the downstream errors, and the figure; "" where there is none of it."""
     parts: list[str] = []
     measured = [each for each in entries if each.evaluation is not None]
     if measured:
-        sizes = {(e.n_tokens, e.n_sequences) for each in measured if (e := each.evaluation) is not None}
-        on = " and ".join(f"{tokens:,} tokens in {sequences:,} sequences" for tokens, sequences in sorted(sizes))
+        on = " and ".join(dict.fromkeys(map(_measured_on, measured)))
         parts.append(
             f"Measured with `e2e-sae evaluate` on {on}, with the SAE's output in the place of the activation. In brackets: "
             "95 % bootstrap intervals over sequences.\n"
@@ -141,15 +140,34 @@ def evaluation(entries: Sequence[CardEntry], figure: str | None) -> str:
     if logged:
         parts.append(
             f"{'The other SAEs: from' if measured else 'From'} the training run's own last evaluation, "
-            f"{_held_out_size(logged)} held out from training. A small sample, without intervals; "
+            f"{_held_out_size(logged)} held out from training{': other text than above' if measured else ''}. A small "
+            "sample, without intervals; "
             "`e2e-sae evaluate` measures more.\n"
         )
         parts.append(_metrics(logged, tuple(HELD_OUT_NAMES), alive=False))
         parts += _downstream(logged)
+    if len({(_measured_on(each), _clean_text(each)) for each in [*measured, *logged]}) > 1:
+        parts.append(
+            "Not all of these were measured on the same text, as the clean model's CE loss tells: numbers are comparable "
+            "only where it is the same.\n"
+        )
     if figure is not None and parts:
         parts.append(f"![CE loss increase against L0]({quote(figure, safe='/')})\n")
         parts.append("Each point is an SAE; left and down is better. Bars, where there are any, are 95 % intervals.\n")
     return "\n".join(parts)
+
+
+def _measured_on(entry: CardEntry) -> str:
+    """The tokens of the evaluation; "" for those of the run's own."""
+    found = entry.evaluation
+    if found is None:
+        return ""
+    of = f" of {markdown(found.text)}" if found.text else ""
+    return f"{found.n_tokens:,} tokens in {found.n_sequences:,} sequences{of}"
+
+
+def _clean_text(entry: CardEntry) -> str | None:
+    return None if entry.clean_ce_loss is None else f"{entry.clean_ce_loss:.4f}"
 
 
 def _has_held_out(entry: CardEntry) -> bool:
@@ -175,7 +193,9 @@ def _held_out_size(entries: Sequence[CardEntry]) -> str:
 def _metrics(entries: Sequence[CardEntry], names: Sequence[str] | Mapping[str, Any], *, alive: bool) -> str:
     """The metrics that at least one of them has: a column per SAE for few SAEs, else a row."""
     found = {name: [_cell(each, name) for each in entries] for name in names}
-    lines: list[tuple[str, list[Cell]]] = [
+    clean: list[Cell] = [_clean_text(each) for each in entries]
+    lines: list[tuple[str, list[Cell]]] = [("CE loss of the clean model", clean)] if any(clean) else []
+    lines += [
         (LABELS[name][0], list(cells)) for name, cells in found.items() if any(cell is not None for cell in cells)
     ]
     if alive:
