@@ -86,8 +86,8 @@ class FinetuneRunner(E2ESAETrainingRunner):
             )
         if cfg.hub_checkpoints:
             raise ValueError(
-                "hub_checkpoints=True is refused in a fine-tune: its checkpoints are in training form, and only the finished "
-                "SAE is put back into its original's. Leave it out."
+                "hub_checkpoints=True is refused in a fine-tune: its checkpoints are in training form, and only the "
+                "finished SAE is put back into its original's. Leave it out."
             )
         self.original, self.source, self.force = sae.to(cfg.device), source, force
         super().__init__(
