@@ -129,8 +129,10 @@ def test_what_is_there_stays(hub: HubServer):
         },
     )
     push_to_hub({"first": an_sae()}, REPO, evaluations=an_evaluation(an_sae(), ce_loss_increase=0.125, l0=3.0))
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.to_dict()["license"] == "apache-2.0"
     push_to_hub({"second": an_sae(seed=1)}, REPO, license="mit")
     files = hub.files(REPO)
+    assert ModelCard(files["README.md"].decode()).data.to_dict()["license"] == "mit"
     assert files["notes.txt"] == b"x"
     card = ModelCard(files["README.md"].decode())
     assert card.text.lstrip().startswith("# My SAEs\n\nHands off.\n")

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--license",
         metavar="ID",
-        help='of the SAEs, as the Hub spells it, for instance "mit"; for a card that names none',
+        help='of the SAEs, as the Hub spells it, such as "mit" (default: what the card says already)',
     )
     add("--message", metavar="TEXT", help="of the commit")
     add("--dry-run", action="store_true", help="check everything and print what would go up, asking the Hub nothing")

@@ -64,7 +64,7 @@ def push_to_hub(
         create_pr: open a pull request instead of committing to the branch.
         overwrite: replace SAEs that the repository has under the same ids. Default False: other weights there are
             refused. (History keeps what is replaced.)
-        license: of the SAEs, for a card that names none, as the Hub spells it ("mit", "apache-2.0").
+        license: of the SAEs, as the Hub spells it ("mit", "apache-2.0"). Default: what the card says already, or nothing.
         commit_message: default: which SAEs.
         commit_description: what else to say.
         token: default: the one that is logged in.
