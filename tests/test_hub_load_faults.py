@@ -154,6 +154,14 @@ def test_what_was_fetched_here_saelens_uses_offline(
     assert is_of(SAE.from_pretrained(REPO, ID), files)
 
 
+def test_a_listing_that_hangs(hub: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calls, "SILENCE_SECONDS", 0.2)
+    hub.create(REPO, files)
+    hub.faults.append(Fault("repo_info", "hang", times=None, skip=1))
+    with pytest.raises(HubError, match=r"list the files.*no answer"):
+        load_pretrained(REPO)
+
+
 @pytest.mark.parametrize("endpoint", ["repo_info", "get_file"])
 def test_a_server_that_hangs(
     endpoint: str, hub: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -196,7 +204,7 @@ def test_a_cache_that_cannot_be_written_to(hub: HubServer, files: dict[str, byte
     assert not caught.value.may_pass
 
 
-@pytest.mark.parametrize("endpoint", ["repo_info", "head_file", "get_file", "tree"])
+@pytest.mark.parametrize("endpoint", ["repo_info", "head_file", "get_file", "listing"])
 @pytest.mark.parametrize("status", [400, 401, 403, 500])
 def test_no_token_is_told(
     status: int, endpoint: str, hub: HubServer, files: dict[str, bytes], caplog: pytest.LogCaptureFixture
@@ -204,10 +212,12 @@ def test_no_token_is_told(
     token = "secret-token-of-no-known-form"
     hub.tokens[token] = "someone"
     hub.create(REPO, files)
-    hub.faults.append(Fault(endpoint, status, times=None, message="your header was Bearer {token}"))
+    listing = endpoint == "listing"  # the second look at the repository
+    place, skip = ("repo_info", 1) if listing else (endpoint, 0)
+    hub.faults.append(Fault(place, status, times=None, skip=skip, message="your header was Bearer {token}"))
     # The client's transport logs whole answers at the level below.
     with caplog.at_level(logging.INFO), pytest.raises(HubError) as caught:
-        load_pretrained(REPO, None if endpoint == "tree" else ID, token=token)
+        load_pretrained(REPO, None if listing else ID, token=token)
     assert "<token>" in str(caught.value)
     assert not [text for text in texts_of(caught.value) if token in text]
     assert not [record for record in caplog.records if token in record.getMessage()]

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, constants, hf_hub_download
 
 from e2e_sae_plugin.checkpoint.folder import file_digest
+from e2e_sae_plugin.hub import calls
 from e2e_sae_plugin.hub.calls import HubError, hub_call, pause_before_next_try, persistent_hub_call
 from e2e_sae_plugin.hub.revision import COMMIT, cache_of, relative_path
 from e2e_sae_plugin.hub.revision import Resolved as Resolved
@@ -134,8 +135,15 @@ def list_files(resolved: Resolved, *, token: str | bool | None = None) -> list[s
     if resolved.is_offline:
         paths = (path for path in resolved.snapshot.rglob("*") if path.is_file())
         return sorted(path.relative_to(resolved.snapshot).as_posix() for path in paths)
-    doing = f"list the files of {resolved}"
-    return persistent_hub_call(doing, HfApi().list_repo_files, resolved.repo_id, revision=resolved.commit, token=token)
+    info = persistent_hub_call(
+        f"list the files of {resolved}",
+        HfApi().model_info,  # the client's own listing of files waits for ever
+        resolved.repo_id,
+        revision=resolved.commit,
+        timeout=calls.SILENCE_SECONDS,
+        token=token,
+    )
+    return [file.rfilename for file in info.siblings or []]
 
 
 def check_cached(resolved: Resolved, prefix: str) -> None:
