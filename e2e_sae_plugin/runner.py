@@ -80,15 +80,15 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
         override_evaluation_tokens: Tensor | None = None,
     ):
+        if cfg.logger.log_to_wandb:
+            check_wandb_login()
+        warn_without_token(cfg)
+        check_device(cfg)
         by_name = tuple(n for n, given in (("model", override_model), ("dataset", override_dataset)) if given is None)
         if override_model is None:
             override_model = bundled_model(cfg.model_name, cfg.llm_device or str(cfg.device))
         if override_dataset is None:
             override_dataset = bundled_dataset(cfg.dataset_path, cfg.context_size)
-        if cfg.logger.log_to_wandb:
-            check_wandb_login()
-        warn_without_token(cfg)
-        check_device(cfg)
         self.identity = run_identity(override_model, override_sae)
         self.is_finished = cfg.resume_from_checkpoint == AUTO and output_is_finished(cfg, self.identity)
         self.has_run = False
