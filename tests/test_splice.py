@@ -151,6 +151,7 @@ def test_a_perfect_sae_leaves_the_logits_bit_equal(family: str, hook_name: str):
     model = shared_model(family)
     spliced_model = splice_into(model, hook_name, needs_downstream=False)
     activation = spliced_model.check()
+    spliced_model.use_native_kernels(False)  # torch's kernels for the same round otherwise
     tokens = token_batch(1)
     with torch.no_grad():
         expected = model(tokens)
@@ -256,6 +257,7 @@ def test_variants_of_hooked_transformer_are_bit_equal_too(overrides: dict[str, A
     for hook_name in ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"):
         spliced_model = splice_into(model, hook_name)
         spliced_model.check()
+        spliced_model.use_native_kernels(False)
         clean = spliced_model.clean_pass(tokens)
         spliced = spliced_model.spliced_pass(clean, clean.activation)
         assert torch.equal(spliced_logits(spliced_model, spliced.hidden), model(tokens))
@@ -568,6 +570,7 @@ def test_a_bridge_with_processed_weights_is_bit_equal_and_has_their_gradients(ho
     model.enable_compatibility_mode()
     spliced_model = splice_into(model, hook_name, needs_downstream=False)
     spliced_model.check()
+    spliced_model.use_native_kernels(False)
     tokens = token_batch(1)
     expected = model(tokens)
     clean = spliced_model.clean_pass(tokens)

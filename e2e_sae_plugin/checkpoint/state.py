@@ -140,8 +140,9 @@ def _load_optimizer(trainer: SplicedStepTrainer, groups: list[dict[str, Any]], m
     for name, value in moments.items():
         parameter_name, key = name.split("/")
         parameter = parameters[parameter_name]
-        # Adam counts its steps in a tensor on the CPU, whatever the parameter's device.
-        trainer.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        # Adam counts its steps in a tensor on the CPU, whatever the parameter's device, unless it is fused.
+        on_cpu = key == "step" and not trainer.optimizer.param_groups[0]["fused"]
+        trainer.optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)
 
 
 def _random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.kernels.kl import LinearHead, Unembed
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
+
+logger = logging.getLogger(__name__)
 
 CleanPassSource = Callable[["SplicedModel", Tensor], "CleanPass | None"]
 """Clean pass over these tokens for this place, where it has been computed together with others; else None."""
@@ -131,6 +134,13 @@ class SplicedModel(ABC):
     def full_logits(self, tokens: Tensor) -> Tensor:
         """Logits `[batch, pos, vocabulary]` of an ordinary forward pass, to check the splice against."""
 
+    @abstractmethod
+    def use_native_kernels(self, wanted: bool) -> bool:
+        """Run the model with torch's kernels in the place of its own code for the same, where there are any, or never.
+
+        They are wanted from the beginning; `check` compares the two. Returns whether it makes a difference for this model.
+        """
+
     # What all families share.
 
     @torch.no_grad()
@@ -190,9 +200,16 @@ class SplicedModel(ABC):
                 raise ValueError(f"The model gives no logits [batch, pos, vocabulary] but {_describe(logits)}.")
             self.vocabulary = logits.shape[-1]
             self._check_causal(tokens, logits)
-            clean = self.clean_pass(tokens)
-            assert clean.hidden is not None
-            rebuilt = self.logits(clean.hidden[0])
+            clean, rebuilt = self._clean_logits(tokens)
+            if self.use_native_kernels(False):
+                native, (clean, rebuilt) = rebuilt, self._clean_logits(tokens)
+                tolerance = float(logits.abs().max()) * torch.finfo(logits.dtype).eps ** 0.5
+                if float((native - rebuilt).abs().max()) <= tolerance:
+                    self.use_native_kernels(True)
+                else:
+                    logger.info(
+                        "This model is run by its own code, not by torch's faster kernels, which differ from it."
+                    )
         if not torch.isfinite(logits).all():
             raise ValueError(
                 f"The model's logits are not finite on the token ids {tokens[0].tolist()}, without any SAE. Its weights are "
@@ -205,8 +222,14 @@ class SplicedModel(ABC):
                 "computed in chunks. Please report the model class: " + type(self.model).__name__
             )
         self._check_downstream(clean)
+        assert clean.hidden is not None
         self.unembed = self._fastest_unembedding(clean.hidden[0])
         return clean.activation
+
+    def _clean_logits(self, tokens: Tensor) -> tuple[CleanPass, Tensor]:
+        clean = self.clean_pass(tokens)
+        assert clean.hidden is not None
+        return clean, self.logits(clean.hidden[0])
 
     @torch.no_grad()
     def _fastest_unembedding(self, hidden: Tensor) -> Unembed:

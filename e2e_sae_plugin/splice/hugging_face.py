@@ -82,6 +82,9 @@ class SplicedHuggingFace(SplicedModel):
     def linear_head(self) -> LinearHead | None:
         return self._swap.linear_head()
 
+    def use_native_kernels(self, wanted: bool) -> bool:
+        return self._swap.activations.use(wanted)
+
     def full_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, return_type="logits")
 

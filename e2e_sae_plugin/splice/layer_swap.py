@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from e2e_sae_plugin.kernels.kl import LinearHead
+from e2e_sae_plugin.splice.native_activations import NativeActivations
 
 
 class _HandOn(nn.Module):
@@ -68,6 +69,7 @@ class LayerSwap:
                 "Load it with AutoModelForCausalLM."
             )
         self.body: nn.Module = body
+        self.activations = NativeActivations(body)
         self.output_class: type | None = None
         self.returns_tuple = False
 
@@ -77,11 +79,12 @@ class LayerSwap:
 
     def run(self, tokens: Tensor, start: Tensor | None, start_block: int) -> Tensor:
         """Final hidden state `[batch, pos, d_model]`, from the embeddings or with `start` entering `start_block`."""
-        if start is None:
-            output = self.body(input_ids=tokens, use_cache=False)
-        else:
-            with self._started_at(start_block, start):
+        with self.activations.swapped_in():
+            if start is None:
                 output = self.body(input_ids=tokens, use_cache=False)
+            else:
+                with self._started_at(start_block, start):
+                    output = self.body(input_ids=tokens, use_cache=False)
         self.output_class = type(output)
         return output.last_hidden_state
 

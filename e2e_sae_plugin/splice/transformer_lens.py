@@ -17,6 +17,7 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 from e2e_sae_plugin.kernels.kl import LinearHead
 from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
+from e2e_sae_plugin.splice.native_blocks import NativeBlocks
 from e2e_sae_plugin.splice.positions import HookPosition, transformer_lens_position
 
 # Hooks of a pass carry a level of their own, so that removing them leaves a user's hooks where they are.
@@ -58,6 +59,14 @@ class SplicedHookedTransformer(SplicedModel):
 
     model: HookedTransformer
 
+    def _freeze(self) -> None:
+        super()._freeze()
+        self._native = NativeBlocks(self.model)
+
+    def use_native_kernels(self, wanted: bool) -> bool:
+        self._native.wanted = wanted
+        return self._native.any_fits
+
     def hook_names(self) -> Sequence[str]:
         return list(self.model.hook_dict)
 
@@ -83,6 +92,9 @@ class SplicedHookedTransformer(SplicedModel):
         return _Embedded(tokens, residual, shortformer_pos_embed, attention_mask)
 
     def _run(self, context: _Embedded, start: Tensor | None) -> Tensor:
+        if self._native.wanted and context.attention_mask is None and context.shortformer_pos_embed is None:
+            residual, block = (context.residual, 0) if start is None else (start, self.position.start_block)
+            return self._native.run(residual, block)
         residual = self.model(
             context.residual if start is None else start,
             start_at_layer=0 if start is None else self.position.start_block,
@@ -148,6 +160,9 @@ class SplicedBridge(SplicedModel):
 
     def linear_head(self) -> LinearHead | None:
         return self._swap.linear_head()
+
+    def use_native_kernels(self, wanted: bool) -> bool:
+        return self._swap.activations.use(wanted)
 
     def full_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, return_type="logits", prepend_bos=False)
