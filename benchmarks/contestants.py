@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ Run = Callable[[Shape, int, int], list[Times]]
 L1_COEFFICIENT = 1.5  # the paper's lambda for e2e at layer 6; nothing here depends on it
 MAX_GRAD_NORM = 10.0
 LEARNING_RATE = 5e-4
+SPARSE_RATE = 1e-7  # keeps the L0 where it is set; the time of a step does not depend on it
 
 
 def random_tokens(shape: Shape) -> Tensor:
@@ -81,7 +83,9 @@ def timed(step: Callable[[], object], n_steps: int) -> list[Times]:
     return between(stamps)
 
 
-def our_trainer(shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad_norm: float | None) -> Any:
+def our_trainer(
+    shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad_norm: float | None, lr: float = LEARNING_RATE
+) -> Any:
     """An `E2ESAETrainer` for the KL, built from the parts that one step touches."""
     from sae_lens import LoggingConfig
     from sae_lens.saes.sae import TrainingSAE
@@ -97,7 +101,7 @@ def our_trainer(shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad
         train_batch_size_tokens=shape.tokens_per_step,
         store_batch_size_prompts=shape.n_prompts // 2,
         training_tokens=100 * shape.tokens_per_step,
-        lr=LEARNING_RATE,
+        lr=lr,
         max_grad_norm=max_grad_norm,
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
@@ -108,7 +112,22 @@ def our_trainer(shape: Shape, model: Any, hook_name: str, sae_cfg: Any, max_grad
     return E2ESAETrainer(cfg, sae, spliced, iter([]), MetricsLog(None, to_wandb=False))
 
 
-def ours_relu(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
+@torch.no_grad()
+def set_l0(model: Any, shape: Shape, W_enc: Tensor, b_enc: Tensor) -> None:
+    """Lower an SAE's encoder bias `[d_sae]` by one number, so that `shape.l0` features of a token are active on average.
+
+    Random weights activate half the features; a trained SAE some dozens.
+
+    Args:
+        W_enc: `[d_in, d_sae]`.
+    """
+    _, cache = model.run_with_cache(random_tokens(shape), names_filter=shape.hook_name, stop_at_layer=shape.layer + 1)
+    pre = cache[shape.hook_name].flatten(0, 1)[::16] @ W_enc + b_enc
+    n_active = shape.l0 * len(pre)
+    b_enc -= pre.flatten().topk(n_active, sorted=False).values.min()
+
+
+def ours_relu(shape: Shape, d_sae: int, n_steps: int, sparse: bool = False) -> list[Times]:
     from sae_lens import StandardTrainingSAEConfig
 
     sae_cfg = StandardTrainingSAEConfig(
@@ -118,7 +137,12 @@ def ours_relu(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
         apply_b_dec_to_input=False,  # as in the authors' SAE
         decoder_init_norm=1.0,
     )
-    trainer = our_trainer(shape, hooked_transformer(shape), shape.hook_name, sae_cfg, MAX_GRAD_NORM)
+    model = hooked_transformer(shape)
+    trainer = our_trainer(
+        shape, model, shape.hook_name, sae_cfg, MAX_GRAD_NORM, SPARSE_RATE if sparse else LEARNING_RATE
+    )
+    if sparse:
+        set_l0(model, shape, trainer.sae.W_enc, trainer.sae.b_enc)
     tokens = random_tokens(shape)
     return timed(lambda: trainer.step(tokens), n_steps)
 
@@ -129,22 +153,23 @@ def ours_topk(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
 
     tokenizer: Any = None  # the tokens are given
     model = HookedProxyLM(hugging_face_gpt2(shape), tokenizer, hook_names=[])
-    # SAELens recommends sparse activations in fp32; they fail in its backward when acts are rescaled by decoder norms.
-    sae_cfg = TopKTrainingSAEConfig(
-        d_in=shape.d_model, d_sae=d_sae, k=shape.k, use_sparse_activations=True, rescale_acts_by_decoder_norm=False
-    )
+    # Not rescaled by decoder norms, as the peer's are not.
+    sae_cfg = TopKTrainingSAEConfig(d_in=shape.d_model, d_sae=d_sae, k=shape.k, rescale_acts_by_decoder_norm=False)
     trainer = our_trainer(shape, model, f"transformer.h.{shape.layer - 1}", sae_cfg, None)  # the peer does not clip
     tokens = random_tokens(shape)
     return timed(lambda: trainer.step(tokens), n_steps)
 
 
-def e2e_sae(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
+def e2e_sae(shape: Shape, d_sae: int, n_steps: int, sparse: bool = False) -> list[Times]:
     """The authors' training step: both passes, the loss, backward, clipping and Adam, without its logging."""
     authors = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "authors.py"))
     losses, transformers = authors["import_authors"]()
     model = transformers.SAETransformer(
         hooked_transformer(shape), [shape.hook_name], d_sae / shape.d_model, init_decoder_orthogonal=False
     )
+    if sparse:
+        encoder = next(iter(model.saes.values())).encoder[0]
+        set_l0(model.tlens_model, shape, encoder.weight.T, encoder.bias)
     model.saes.train()
     model.tlens_model.requires_grad_(False)
     config = losses.LossConfigs(
@@ -154,7 +179,7 @@ def e2e_sae(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
         out_to_in=None,
         logits_kl=losses.LogitsKLLoss(coeff=1.0),
     )
-    optimizer = torch.optim.Adam(model.saes.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.saes.parameters(), lr=SPARSE_RATE if sparse else LEARNING_RATE)
     tokens = random_tokens(shape)
 
     # A function, as one pass of their loop: its tensors do not outlive it here, though they do in their loop.
@@ -213,6 +238,8 @@ def eai_sparsify(shape: Shape, d_sae: int, n_steps: int) -> list[Times]:
 CONTESTANTS: dict[str, Run] = {
     "ours-relu": ours_relu,
     "e2e-sae": e2e_sae,
+    "ours-relu-sparse": partial(ours_relu, sparse=True),
+    "e2e-sae-sparse": partial(e2e_sae, sparse=True),
     "ours-topk": ours_topk,
     "eai-sparsify": eai_sparsify,
 }

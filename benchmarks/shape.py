@@ -19,6 +19,8 @@ class Shape:
     context_size: int = 256
     k: int = 40
     """Features per token of the TopK SAEs."""
+    l0: int = 100
+    """Active features per token of the ReLU SAEs whose encoder's bias is lowered."""
 
     @property
     def hook_name(self) -> str:
@@ -30,7 +32,9 @@ class Shape:
 
 
 GPT2_SMALL = Shape()
-TINY = Shape(n_layers=4, d_model=64, n_heads=4, vocabulary=500, n_ctx=64, layer=2, n_prompts=4, context_size=32, k=8)
+TINY = Shape(
+    n_layers=4, d_model=64, n_heads=4, vocabulary=500, n_ctx=64, layer=2, n_prompts=4, context_size=32, k=8, l0=8
+)
 
 
 def model_flop_per_token(shape: Shape) -> float:
@@ -48,9 +52,9 @@ def model_flop_per_token(shape: Shape) -> float:
 def sae_flop_per_token(shape: Shape, d_sae: int, architecture: str) -> float:
     """Encoder, decoder, and the gradients of both weights and of the feature activations.
 
-    The encoder's input needs no gradient. With TopK only the encoder's forward is dense: everything else touches `k`
-    features of a token.
+    The encoder's input needs no gradient. With few active features only the encoder's forward is dense: everything else
+    touches those features of a token.
     """
     dense = 2 * shape.d_model * d_sae
-    sparse = 2 * shape.d_model * shape.k
-    return 5 * dense if architecture == "relu" else dense + 4 * sparse
+    active = {"topk": shape.k, "relu-sparse": shape.l0}.get(architecture)
+    return 5 * dense if active is None else dense + 4 * 2 * shape.d_model * active

@@ -32,6 +32,8 @@ class Contestant:
 CONTESTANTS = (
     Contestant("ours-relu", "relu", "e2e-sae"),
     Contestant("e2e-sae", "relu"),
+    Contestant("ours-relu-sparse", "relu-sparse", "e2e-sae-sparse"),
+    Contestant("e2e-sae-sparse", "relu-sparse"),
     Contestant("ours-topk", "topk", "eai-sparsify"),
     Contestant("eai-sparsify", "topk"),
 )
@@ -122,20 +124,23 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
                 row["speed_ratio"] = row["tokens_per_second"] / peer["tokens_per_second"]
                 row["cpu_time_ratio"] = median(peer["cpu_seconds"]) / median(row["cpu_seconds"])
                 row["memory_ratio"] = row["peak_rss_gb"] / peer["peak_rss_gb"]
+                peers = [by_key.get((name, row["d_sae"])) for name in {c.peer for c in CONTESTANTS}]
+                leanest = min(other["peak_rss_gb"] for other in peers if other is not None)
+                row["memory_ratio_to_leanest"] = row["peak_rss_gb"] / leanest
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
     lines = [
-        "| contestant | d_sae | tokens/s | x peer | x peer, CPU | peak GB | x peer | floor tokens/s | share of floor |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| contestant | d_sae | tokens/s | x peer | x peer, CPU | peak GB | x peer | x leanest | floor | share |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        ratios = ("speed_ratio", "cpu_time_ratio", "memory_ratio")
-        speed, cpu, memory = (f"{row[key]:.2f}" if key in row else "" for key in ratios)
+        ratios = ("speed_ratio", "cpu_time_ratio", "memory_ratio", "memory_ratio_to_leanest")
+        speed, cpu, memory, leanest = (f"{row[key]:.2f}" if key in row else "" for key in ratios)
         lines.append(
             f"| {row['contestant']} | {row['d_sae']:,} | {row['tokens_per_second']:.0f} | {speed} | {cpu} "
-            f"| {row['peak_rss_gb']:.2f} | {memory} | {row['floor_tokens_per_second']:.0f} "
+            f"| {row['peak_rss_gb']:.2f} | {memory} | {leanest} | {row['floor_tokens_per_second']:.0f} "
             f"| {row['share_of_floor']:.0%} |"
         )
     return "\n".join(lines)

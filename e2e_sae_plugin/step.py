@@ -16,6 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
 from torch import Tensor
 from torch.nn import Parameter
 
+from e2e_sae_plugin import kernels
 from e2e_sae_plugin.adapters import build_adapter
 from e2e_sae_plugin.architectures import (
     AUXILIARY_FOR_DEAD_FEATURES,
@@ -29,12 +30,12 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.constraints import DecoderNorms, freeze
 from e2e_sae_plugin.early_stop import EarlyStop
 from e2e_sae_plugin.faults import NonFiniteError, StepStatistics, find_fault
-from e2e_sae_plugin.kernels import relu_sae
+from e2e_sae_plugin.kernels.sparse import fired_counts
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import trained_tokens
-from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, spliced_terms
+from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, position_draws, spliced_terms
 from e2e_sae_plugin.step_output import merge_step_outputs
 from e2e_sae_plugin.token_stream import TokenStream
 
@@ -85,11 +86,13 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         # training stays the host's own computation, to the bit.
         self.optimizer.param_groups[0]["fused"] = cfg.objective.needs_spliced_pass
         self.spliced_model = spliced_model
+        self.spliced_model.recompute_blocks(cfg.checkpoint_blocks)
         self.metrics_log = metrics_log
         self.excluded_tokens = excluded_tokens
         self.grad_norm: Tensor | None = None
         self.l0 = torch.zeros(())  # of the last step
         self.kl_scale: Tensor | None = None  # of the last step, with balance_kl
+        self._draws = position_draws(cfg.seed, 0)  # of the current step, with kl_positions; its micro-batches share it
         self.n_skipped_steps = 0
         self.n_skipped_in_a_row = 0
         self._good_state: State | None = None  # before the first of the steps that are being skipped
@@ -128,6 +131,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 f"{self.runner_cfg.exclude_special_tokens!r}, so there is nothing to train on."
             )
         fired = torch.zeros_like(self.act_freq_scores)
+        self._draws = position_draws(self.runner_cfg.seed, self.n_training_steps)
         before = StepStatistics(self)
         try:
             for tokens in self._sae_batches(batch):
@@ -178,8 +182,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         )
         output = self.sae_forward(self.scaled_sae_in(micro_batches))
         with torch.no_grad():
-            firing = output.feature_acts.bool()
-            fired += (firing.to_dense() if firing.is_sparse else firing).sum(0, dtype=torch.int32)  # int64 costs double
+            fired += fired_counts(output.feature_acts)
         reconstructions = self.reconstructions(output)
         spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
         if self.objective.balance_kl:
@@ -233,9 +236,8 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         )
         with self.autocast_if_enabled:
             # Local training stays the host's own computation, to the bit.
-            if self.objective.needs_spliced_pass and relu_sae.can_train(self.sae):
-                return relu_sae.training_forward_pass(self.sae, step_input)  # pyright: ignore[reportArgumentType]
-            return self.sae.training_forward_pass(step_input)
+            output = kernels.training_forward_pass(self.sae, step_input) if self.objective.needs_spliced_pass else None
+            return self.sae.training_forward_pass(step_input) if output is None else output
 
     @property
     def _leaves_out_dead_features(self) -> bool:
@@ -277,8 +279,9 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         if not reconstructions:
             return SplicedTerms(weighted=like.detach().new_zeros(()))
         with self.model_autocast():
+            head = self.runner_cfg.hook_head_index
             return spliced_terms(
-                self.spliced_model, self.objective, micro_batches, reconstructions, self.runner_cfg.hook_head_index
+                self.spliced_model, self.objective, micro_batches, reconstructions, head, self._draws
             )
 
     def _clip_gradients(self) -> bool:

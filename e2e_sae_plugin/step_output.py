@@ -8,6 +8,8 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
+from e2e_sae_plugin.kernels.sparse import concatenate_acts
+
 
 def merge_step_outputs(outputs: Sequence[TrainStepOutput], shares: Sequence[float]) -> TrainStepOutput:
     """One output of the whole step, detached.
@@ -22,12 +24,12 @@ def merge_step_outputs(outputs: Sequence[TrainStepOutput], shares: Sequence[floa
     """
     if len(outputs) == 1:
         return outputs[0]
-    acts = torch.cat([output.feature_acts.detach() for output in outputs])
+    acts = concatenate_acts([output.feature_acts.detach() for output in outputs])
     return TrainStepOutput(
         sae_in=torch.cat([output.sae_in for output in outputs]),
         sae_out=torch.cat([output.sae_out.detach() for output in outputs]),
         feature_acts=acts,
-        hidden_pre=acts.new_empty(0, acts.shape[1]),
+        hidden_pre=outputs[0].sae_out.new_empty(0, acts.shape[1]),
         loss=_weighted_sum([output.loss for output in outputs], shares),
         losses={name: _weighted_sum([output.losses[name] for output in outputs], shares) for name in outputs[0].losses},
     )

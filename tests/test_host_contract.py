@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_huggingface_loader
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.standard_sae import StandardTrainingSAE
+from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, calculate_topk_aux_acts
 from sae_lens.tokenization_and_batching import _add_tokens_to_batch, concat_and_batch_sequences
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
@@ -89,6 +91,41 @@ FOLLOWED: list[tuple[Callable[..., Any], str, str]] = [
         StandardTrainingSAE.decode,
         "ab3493a65dd79fb1e596736262e571baaf9225c1b5ec624fde2a52e312fb1d28",
         "kernels.relu_sae.training_forward_pass",
+    ),
+    (
+        TopKTrainingSAE.encode_with_hidden_pre,
+        "0deaab8e48b5ae331b64d895a1d94e9e2ef37463470d28e4aa701a38840df03c",
+        "kernels.topk_sae.training_forward_pass",
+    ),
+    (
+        TopKTrainingSAE.decode,
+        "dbdcd8d0d2476611c428a58769c5e1da7e8cf6524a8bad5a1677bfd2051a529c",
+        "kernels.topk_sae.training_forward_pass",
+    ),
+    (
+        TopKTrainingSAE.calculate_topk_aux_loss,
+        "895b3966b97a68ae4856ff7a2de3350cdad045b957697539413b90256e5e1603",
+        "kernels.topk_sae.training_forward_pass",
+    ),
+    (
+        calculate_topk_aux_acts,
+        "f55b4077c7b700401d645e4b70b74963891f4913a699a7de0ecacc5381cbf340",
+        "kernels.topk_sae.training_forward_pass",
+    ),
+    (
+        TopK.forward,
+        "ccbbd5ec13727baa91840fd68a97f2d7cdf4df25ef142c169944a2666f4d56c7",
+        "kernels.topk_sae.training_forward_pass",
+    ),
+    (
+        BatchTopK.forward,
+        "cac6fa7b354d22fa96f1704c7c69057d3ff7dcc4733dfab4a33bd596a2a37b70",
+        "kernels.topk_sae.training_forward_pass",
+    ),
+    (
+        BatchTopKTrainingSAE.training_forward_pass,
+        "d5806c8a77c236e5505a7028f9859db5c6d0290482bcbaf3b5746f535f383592",
+        "kernels.topk_sae.training_forward_pass",
     ),
     (
         TrainingSAE.process_sae_in,

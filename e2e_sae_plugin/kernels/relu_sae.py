@@ -1,6 +1,7 @@
-"""SAELens's standard (ReLU, L1) training SAE with its backward written out, in two `[tokens, d_sae]` tensors.
+"""SAELens's standard (ReLU, L1) training SAE with its backward written out: sparse, or in two `[tokens, d_sae]` tensors.
 
-The host's own forward pass keeps three such tensors and makes some eight more on the way, most of them for the L1. Here
+The host's own forward pass keeps three such tensors and makes some eight more on the way, most of them for the L1. Where
+few features are active, as they are but for the first steps of a training, no such tensor is made (`SparseSAE`). Else
 the activations are made in place of the pre-activations, the L1 is a product with a vector, and its gradient joins that
 of the reconstruction in place.
 """
@@ -13,6 +14,9 @@ import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.standard_sae import StandardTrainingSAE
 from torch import Tensor
+
+from e2e_sae_plugin.kernels.sparse import ActiveFeatures
+from e2e_sae_plugin.kernels.sparse_sae import Encoder, SparseSAE, select_positive
 
 
 def can_train(sae: Any) -> bool:
@@ -28,12 +32,18 @@ def can_train(sae: Any) -> bool:
 
 
 def training_forward_pass(sae: StandardTrainingSAE, step_input: TrainStepInput) -> TrainStepOutput:
-    """`StandardTrainingSAE.training_forward_pass`: same outputs and gradients, but for `hidden_pre`, which is empty."""
+    """`StandardTrainingSAE.training_forward_pass`: same values and gradients, but `feature_acts` has no gradient and is a
+    sparse COO tensor where few features are active, and `hidden_pre` is empty."""
     with torch.no_grad():  # the normalisation has no parameters; b_dec's part of the gradient is `_ReLUSAE`'s
         x = sae.process_sae_in(step_input.sae_in)
-    sae_out, feature_acts, weighted_acts = _ReLUSAE.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, bool(sae.cfg.apply_b_dec_to_input)
-    )
+        active = select_positive(x, Encoder(sae.W_enc, sae.b_enc))
+    parameters = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    b_dec_on_input = bool(sae.cfg.apply_b_dec_to_input)
+    if isinstance(active, ActiveFeatures):
+        feature_acts = active.to_sparse()
+        sae_out, weighted_acts, _ = SparseSAE.apply(*parameters, x, active, None, b_dec_on_input, True)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        sae_out, feature_acts, weighted_acts = _ReLUSAE.apply(x, *parameters, b_dec_on_input, active)  # pyright: ignore[reportGeneralTypeIssues]
     sae_out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(sae_out), sae.d_head)
     mse_loss = sae.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
     l1_loss = (step_input.coefficients["l1"] * weighted_acts).mean()
@@ -41,20 +51,38 @@ def training_forward_pass(sae: StandardTrainingSAE, step_input: TrainStepInput) 
         sae_in=step_input.sae_in,
         sae_out=sae_out,
         feature_acts=feature_acts,
-        hidden_pre=feature_acts.new_empty(0, feature_acts.shape[1]),
+        hidden_pre=sae_out.new_empty(0, feature_acts.shape[1]),
         loss=mse_loss + l1_loss,
         losses={"mse_loss": mse_loss, "l1_loss": l1_loss},
     )
 
 
 class _ReLUSAE(torch.autograd.Function):
-    """`x [tokens, d_in]` -> `sae_out`, `feature_acts` (no gradient), `sum_i feature_acts_i ||W_dec_i||` per token."""
+    """`x [tokens, d_in]` -> `sae_out`, `feature_acts` (no gradient), `sum_i feature_acts_i ||W_dec_i||` per token.
+
+    `first`: pre-activations of the first tokens, where they are known.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, b_dec_on_input: bool
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        b_dec_on_input: bool,
+        first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        acts = torch.addmm(b_enc, x, W_enc).relu_()
+        n_first = 0 if first is None else len(first)
+        if n_first == len(x) and first is not None:
+            acts = first.relu_()
+        else:
+            acts = x.new_empty(len(x), W_enc.shape[1])
+            if first is not None:
+                acts[:n_first] = first
+            torch.addmm(b_enc, x[n_first:], W_enc, out=acts[n_first:])
+            acts.relu_()
         norms = W_dec.norm(dim=1)
         ctx.save_for_backward(x, acts, norms, W_enc, W_dec)
         ctx.b_dec_on_input = b_dec_on_input
@@ -75,10 +103,10 @@ class _ReLUSAE(torch.autograd.Function):
             scale = torch.where(norms > 0, (d_weighted @ acts) / norms, 0)[:, None]
             d_W_dec = scale * W_dec if d_W_dec is None else d_W_dec.addcmul_(scale, W_dec)
         if d_acts is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         torch.ops.aten.threshold_backward.grad_input(d_acts, acts, 0, grad_input=d_acts)  # d relu, in place
         d_b_enc = d_acts.sum(0)
         if ctx.b_dec_on_input:  # x = ... - b_dec: only the sum over tokens is needed, not one row per token
             through_input = W_enc @ d_b_enc
             d_b_dec = -through_input if d_b_dec is None else d_b_dec - through_input
-        return None, x.T @ d_acts, d_b_enc, d_W_dec, d_b_dec, None
+        return None, x.T @ d_acts, d_b_enc, d_W_dec, d_b_dec, None, None

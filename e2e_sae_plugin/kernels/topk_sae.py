@@ -1,0 +1,105 @@
+"""SAELens's TopK and BatchTopK training SAEs, where only the encoder's product is dense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE
+from torch import Tensor
+
+from e2e_sae_plugin.kernels.sparse import ActiveFeatures
+from e2e_sae_plugin.kernels.sparse_sae import (
+    Encoder,
+    SparseSAE,
+    select_batch_topk,
+    select_dead,
+    select_topk,
+)
+
+ACTIVATIONS = {TopKTrainingSAE: TopK, BatchTopKTrainingSAE: BatchTopK}
+
+
+def can_train(sae: Any) -> bool:
+    """Whether `training_forward_pass` below stands for `sae`'s own: the host's classes, no hooks, no autocast."""
+    return (
+        type(sae) in ACTIVATIONS
+        and type(sae.activation_fn) is ACTIVATIONS[type(sae)]
+        and sae.activation_fn.k == sae.cfg.k <= sae.cfg.d_sae  # else the host has an error to raise
+        and "training_forward_pass" not in vars(sae)  # `compile_sae` puts the compiled one there
+        and not torch.is_autocast_enabled(sae.W_enc.device.type)
+        and not any(point.fwd_hooks or point.bwd_hooks for point in sae.hook_dict.values())
+    )
+
+
+def training_forward_pass(sae: TopKTrainingSAE, step_input: TrainStepInput) -> TrainStepOutput:
+    """The host's `training_forward_pass`: same values and gradients, but `feature_acts` is a sparse COO tensor without
+    gradient, and `hidden_pre` is empty.
+
+    With `rescale_acts_by_decoder_norm` the norms decide which features are active, and cancel in the reconstruction and
+    in its gradient. A decoder row of zero length contributes 0, where the host's division by its norm gives NaN.
+
+    Raises:
+        ValueError: a feature is dead and `normalize_activations` is one that the host's auxiliary loss refuses.
+    """
+    dead_mask = step_input.dead_neuron_mask
+    dead = None if dead_mask is None else dead_mask.nonzero()[:, 0]
+    if dead is None or not len(dead):
+        dead = None
+    elif sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+        raise ValueError(
+            f"TopK's auxiliary loss for dead features (there are {len(dead)}) does not support normalize_activations="
+            f"{sae.cfg.normalize_activations!r}: its residual would be in another space than its reconstruction. "
+            "Use 'none' or 'expected_average_only_in'."
+        )
+    with torch.no_grad():  # the normalisation has no parameters; b_dec's part of the gradient is `SparseSAE`'s
+        x = sae.process_sae_in(step_input.sae_in)
+        norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
+        encoder = Encoder(sae.W_enc, sae.b_enc, norms)
+        active, acts = _active(sae, x, encoder)
+        k_dead = 0 if dead is None else min(step_input.sae_in.shape[-1] // 2, len(dead))
+        dead_acts = None if dead is None else select_dead(x, encoder, dead, k_dead)
+    sae_out, _, dead_out = SparseSAE.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, x, active, dead_acts, bool(sae.cfg.apply_b_dec_to_input), False
+    )
+    sae_out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(sae_out), sae.d_head)
+    mse_loss = sae.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+    aux_loss = sae_out.new_tensor(0.0)
+    if dead is not None:
+        aux_loss = _dead_loss(sae, step_input.sae_in, sae_out, dead_out, len(dead))
+    output = TrainStepOutput(
+        sae_in=step_input.sae_in,
+        sae_out=sae_out,
+        feature_acts=active.to_sparse(acts),
+        hidden_pre=acts.new_empty(0, active.n_features),
+        loss=mse_loss + aux_loss,
+        losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
+    )
+    if isinstance(sae, BatchTopKTrainingSAE):
+        sae.update_topk_threshold(acts)  # the smallest positive value, which needs no shape
+        output.metrics["topk_threshold"] = sae.topk_threshold
+    return output
+
+
+def _active(sae: TopKTrainingSAE, x: Tensor, encoder: Encoder) -> tuple[ActiveFeatures, Tensor]:
+    """The active features with what the decoder multiplies by, and the activations that the host reports."""
+    if isinstance(sae, BatchTopKTrainingSAE):
+        active = select_batch_topk(x, encoder, int(sae.cfg.k * len(x)))
+    else:
+        active = select_topk(x, encoder, sae.cfg.k)
+    acts = active.values.relu()
+    if encoder.scale is None:
+        return replace(active, values=acts), acts
+    norms = encoder.scale[active.features]
+    return replace(active, values=torch.where(norms == 0, 0, acts / norms)), acts
+
+
+def _dead_loss(sae: TopKTrainingSAE, sae_in: Tensor, sae_out: Tensor, dead_out: Tensor, n_dead: int) -> Tensor:
+    """The host's `calculate_topk_aux_loss`, given the dead features' reconstruction of the residual."""
+    residual = (sae_in - sae_out).detach()
+    scale = min(n_dead / (sae_in.shape[-1] // 2), 1.0)
+    loss = (sae.reshape_fn_out(dead_out, sae.d_head) - residual).pow(2).sum(dim=-1).mean()
+    return sae.cfg.aux_loss_coefficient * scale * loss
