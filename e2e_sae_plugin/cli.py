@@ -20,6 +20,7 @@ from e2e_sae_plugin.comparison.command import compare_command, evaluate_command
 from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig, read_yaml
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
 from e2e_sae_plugin.convert.command import convert_command
+from e2e_sae_plugin.cost.command import estimate_command
 from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.finetune.command import finetune
 from e2e_sae_plugin.hub.pretrained_command import pretrained_command
@@ -36,6 +37,7 @@ Train sparse autoencoders end to end, plugged into SAELens.
 
 commands:
   train      train an SAE; flags of SAELens's runner and of the objective, or --config run.yaml
+  estimate   what a run will cost, before it runs: arithmetic, memory by part, time, what to change
   finetune   make a finished SAE faithful: a short run on KL + MSE, and a table of before and after
   sweep      train many SAEs side by side on one clean pass: objectives x sparsities x seeds
   evaluate   measure one SAE: what it costs the model, how sparse it is, what becomes of later layers
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"e2e-sae-plugin {__version__}")
         return 0
     commands = {"train": train, "finetune": finetune, "sweep": sweep, "demo": demo}
+    commands |= {"estimate": partial(estimate_command, parse_config=parse_train_config)}
     commands |= {"evaluate": evaluate_command, "compare": compare_command}
     commands |= {"push": push_command, "pretrained": pretrained_command, "convert": convert_command}
     if argv[0] not in commands:
