@@ -31,12 +31,13 @@ from e2e_sae_plugin.constraints import DecoderNorms, freeze
 from e2e_sae_plugin.early_stop import EarlyStop
 from e2e_sae_plugin.faults import NonFiniteError, StepStatistics, find_fault
 from e2e_sae_plugin.kernels.sparse import fired_counts
+from e2e_sae_plugin.kernels.sparse_sae import SPARSE_DENSITY
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import trained_tokens
 from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, position_draws, spliced_terms
-from e2e_sae_plugin.step_output import merge_step_outputs
+from e2e_sae_plugin.step_output import merge_step_outputs, without_large_tensors
 from e2e_sae_plugin.token_stream import TokenStream
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,20 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """
         separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
         separable &= not self.objective.balance_kl  # whose scale is known when the whole step's KL is
+        separable &= (
+            not self._runs_sparsely()
+        )  # so no memory is to be saved, and each batch costs a gradient of full size
         return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
+
+    def _runs_sparsely(self) -> bool:
+        """Whether a kernel will take the SAE for sparse, going by how many features were active on average lately.
+
+        By statistics that a checkpoint has, so that a resumed run adds up its gradients in the same order.
+        """
+        if not self.n_frac_active_samples or not kernels.can_be_sparse(self.sae):
+            return False
+        density = float(self.act_freq_scores.mean()) / self.n_frac_active_samples
+        return density < SPARSE_DENSITY / 2  # by a margin: where it turns out dense after all, that takes more memory
 
     def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
         """Adds the gradient of these sequences' part of the step to the SAE's parameters.
@@ -195,7 +209,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         torch.autograd.backward([root for root, _ in roots], [seed for _, seed in roots])
         output.loss = (spliced.weighted + sae_total).detach()
         output.losses = {**spliced.named, **sae_terms}
-        return output
+        return output if share == 1 else without_large_tensors(output)
 
     def clean_micro_batches(
         self, tokens: Tensor, *, hidden: bool = False, downstream: bool = False
@@ -280,9 +294,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             return SplicedTerms(weighted=like.detach().new_zeros(()))
         with self.model_autocast():
             head = self.runner_cfg.hook_head_index
-            return spliced_terms(
-                self.spliced_model, self.objective, micro_batches, reconstructions, head, self._draws
-            )
+            return spliced_terms(self.spliced_model, self.objective, micro_batches, reconstructions, head, self._draws)
 
     def _clip_gradients(self) -> bool:
         """Clip; whether the gradients are finite."""

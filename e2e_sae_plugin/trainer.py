@@ -254,6 +254,8 @@ class E2ESAETrainer(SplicedStepTrainer):
 
     def _step_metrics(self, output: TrainStepOutput) -> dict[str, Any]:
         metrics = self.build_train_step_log_dict(output=output, n_training_samples=self.n_training_samples)
+        if not len(output.feature_acts):  # too large to be kept
+            metrics["metrics/l0"] = float(self.l0)
         if self.grad_norm is not None:
             metrics["details/grad_norm"] = float(self.grad_norm)
         if self.kl_scale is not None:

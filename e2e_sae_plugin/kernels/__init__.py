@@ -23,3 +23,8 @@ def training_forward_pass(sae: Any, step_input: TrainStepInput) -> TrainStepOutp
         if kernel.can_train(sae):
             return kernel.training_forward_pass(sae, step_input)
     return None
+
+
+def can_be_sparse(sae: Any) -> bool:
+    """Whether the memory that a kernel takes for `sae` grows with its active features, where they are few."""
+    return relu_sae.can_train(sae) or topk_sae.can_train(sae)
