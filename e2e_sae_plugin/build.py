@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.splice import SplicedModel
+from e2e_sae_plugin.spliced_losses import check_kl_top_k
 
 
 def build_sae(cfg: E2ESAERunnerConfig) -> TrainingSAE[Any]:
@@ -90,16 +91,20 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
 
 
 def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAERunnerConfig) -> None:
-    """Run a few tokens through the model and refuse an SAE that does not fit the hook.
+    """Run a few tokens through the model, as the config wants it run, and refuse an SAE that does not fit the hook.
 
     Raises:
-        ValueError: `SplicedModel.check` refuses the model, `d_in` does not match the hook, `hook_head_index` has no head
-            to choose, or the context is longer than the model's.
+        ValueError: `SplicedModel.check` or `check_kl_top_k` refuses the model, `d_in` does not match the hook,
+            `hook_head_index` has no head to choose, the context is longer than the model's, or `checkpoint_blocks` has no
+            block to work on.
     """
+    model.recompute_blocks(cfg.checkpoint_blocks)
     n_ctx = getattr(getattr(model.model, "cfg", None), "n_ctx", None)
     if isinstance(n_ctx, int) and cfg.context_size > n_ctx:
         raise ValueError(f"context_size={cfg.context_size} is longer than the model's context of {n_ctx} tokens.")
     shape = tuple(model.check(min(8, cfg.context_size)).shape[2:])
+    if cfg.objective.kl_top_k is not None:
+        check_kl_top_k(model, cfg.objective.kl_top_k)
     width = math.prod(shape)
     if cfg.hook_head_index is not None:
         if len(shape) != 2:

@@ -64,6 +64,10 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             the run is interrupted or fails. All go to a folder of the run's own below `checkpoint_path`.
         keep_checkpoints (int): how many of those by the clock are kept, the newest ones; default 2. The `n_checkpoints` of
             SAELens all stay.
+        checkpoint_blocks (bool): activation checkpointing. Of the blocks that run after the SAE, only the inputs are kept
+            for backward, which computes the rest anew, block by block: one more forward pass over these blocks, and
+            memory for one of them in the place of all. The numbers are the same, and a run may be resumed with it or
+            without. A hook of your own in these blocks is called in backward again. Default False.
         max_skipped_steps (int): steps in a row with a loss or gradient that is not finite, all of them skipped, after
             which the run stops. Default 10.
         overwrite_output (bool): replace another run that `output_path` holds. Default False: it is refused.
@@ -93,6 +97,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     patience_evaluations: int | None = None
     checkpoint_every_minutes: float | None = 15.0
     keep_checkpoints: int = 2
+    checkpoint_blocks: bool = False
     max_skipped_steps: int = 10
     overwrite_output: bool = False
     push_to_hub: str | None = None

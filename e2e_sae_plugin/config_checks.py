@@ -111,6 +111,11 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
             "keep_decoder_norms=True has no effect: W_dec is among frozen_parameters. Leave one of them out."
         )
     _check_adapter(cfg)
+    if cfg.checkpoint_blocks and not cfg.objective.needs_spliced_pass:
+        raise ValueError(
+            "checkpoint_blocks=True has no effect: the objective is local, so no backward pass goes through the model. "
+            "Leave it at False."
+        )
     if cfg.b_dec_init_method not in ("zeros", "mean"):
         raise ValueError(f"b_dec_init_method must be 'zeros' or 'mean', got {cfg.b_dec_init_method!r}.")
     if cfg.b_dec_init_method == "mean" and cfg.from_pretrained_path is not None:

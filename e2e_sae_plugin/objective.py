@@ -26,7 +26,8 @@ class Objective:
 
     Raises:
         ValueError: a weight is negative or not finite, all three are zero, downstream hooks are given without
-            `beta`, `matryoshka_levels` is not one of its choices, or `balance_kl` has no KL, or downstream terms, beside it.
+            `beta`, `matryoshka_levels` is not one of its choices, `balance_kl` has no KL, or downstream terms, beside it,
+            or `kl_positions` or `kl_top_k` is out of range or has no KL to approximate.
     """
 
     kl: float = 1.0
@@ -55,6 +56,17 @@ class Objective:
     """Multiply the KL, at every step and without gradient, by `MSE / KL`: it then weighs as much as the squared error, and
     learning rates and sparsity coefficients that suit the latter keep their meaning (Karvonen 2025, arXiv 2503.17272)."""
 
+    kl_positions: float = 1.0
+    """Share, above 0 and up to 1, of the trained positions that the KL is computed on. Below 1, an approximation: a random
+    subset drawn anew at each step (at least one position of each micro-batch), whose mean is an unbiased estimate of the KL
+    and of its gradient. The model's blocks run on all positions; what is saved is the unembedding. Metrics on held-out
+    tokens are exact."""
+
+    kl_top_k: int | None = None
+    """None for the exact KL. A number, 2 or more, for an approximation: the KL of both distributions renormalised over that
+    many of the clean model's likeliest tokens, which is also what `kl_loss` then logs. It takes a linear unembedding
+    without soft cap. Metrics on held-out tokens are exact."""
+
     def __post_init__(self) -> None:
         for name in ("kl", "beta", "mse", "auxiliary"):
             value = getattr(self, name)
@@ -82,6 +94,26 @@ class Objective:
             )
         if self.matryoshka_levels not in ("all", "sampled"):
             raise ValueError(f"Objective.matryoshka_levels must be 'all' or 'sampled', got {self.matryoshka_levels!r}.")
+        self._check_approximations()
+
+    def _check_approximations(self) -> None:
+        share, k = self.kl_positions, self.kl_top_k
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(
+                f"Objective.kl_positions must be a share of the positions, above 0 and up to 1, got {share!r}. Leave it at "
+                "1 for the KL on all of them, or set kl=0 to leave the term out."
+            )
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 2):
+            raise ValueError(
+                f"Objective.kl_top_k must be a whole number of tokens of the vocabulary, 2 or more (one alone has "
+                f"probability 1 in every model), got {k!r}. Leave it at None for the exact KL."
+            )
+        for name, value, is_set in (("kl_positions", share, share != 1), ("kl_top_k", k, k is not None)):
+            if is_set and self.kl == 0:
+                raise ValueError(
+                    f"Objective.{name} is set to {value!r} but kl is 0, so it would have no effect. Give kl a positive "
+                    f"weight or drop {name}."
+                )
 
     def _check_downstream_hooks(self) -> None:
         hooks = self.downstream_hooks
@@ -133,6 +165,18 @@ class Objective:
     def needs_spliced_pass(self) -> bool:
         """Whether the model has to be run a second time, with the reconstruction in place."""
         return self.kl > 0 or self.beta > 0
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What of the KL is approximated in training, in words, as cards and tables state it; none where it is exact."""
+        said: list[str] = []
+        if self.kl_positions < 1:
+            said.append(f"KL on {100 * self.kl_positions:.3g} % of the positions, drawn at each step")
+        if self.kl_top_k is not None:
+            said.append(
+                f"KL over the clean model's {self.kl_top_k} likeliest tokens, both distributions renormalised over them"
+            )
+        return tuple(said)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready fields; `from_dict` reads them back."""

@@ -31,9 +31,10 @@ MAY_DIFFER = frozenset(
         "hub_revision", "hub_sae_id", "keep_checkpoints", "llm_device", "push_to_hub",
         "logger", "max_skipped_steps", "n_checkpoints", "output_path", "overwrite_output", "resume_from_checkpoint",
         "sae_lens_training_version", "sae_lens_version", "save_final_checkpoint", "verbose",
-        # Buffers and batches of the host's that are not used here, and the micro-batch, which changes rounding alone.
+        # Buffers and batches of the host's that are not used here, the micro-batch, which changes rounding alone, and what
+        # changes memory alone.
         "activations_mixing_fraction", "dead_feature_threshold", "llm_compilation_mode", "n_batches_in_buffer",
-        "prefetch_llm_batches", "store_batch_size_prompts",
+        "prefetch_llm_batches", "store_batch_size_prompts", "checkpoint_blocks",
         "sae.device",
     }
 )  # fmt: skip

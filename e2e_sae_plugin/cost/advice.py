@@ -93,6 +93,9 @@ def _batch_changes(cfg: E2ESAERunnerConfig, work: Workload) -> Iterator[_Change]
         for n in sorted({smaller[-1], 1}, reverse=True):
             text = f"store_batch_size_prompts: {n} (now {cfg.store_batch_size_prompts})"
             yield _Change(text, "", changed(work, micro_prompts=n))
+    if work.spliced_blocks > 1 and not work.recomputes_blocks:
+        text = "checkpoint_blocks: true (now false), for one more forward pass over the blocks after the SAE"
+        yield _Change(text, "", changed(work, recomputes_blocks=True))
     if work.sae_prompts == work.step_prompts > 1:
         half = work.step_prompts // 2
         micro = _largest_divisor(half, work.micro_prompts)

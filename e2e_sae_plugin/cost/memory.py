@@ -59,6 +59,7 @@ def step_memory(work: Workload, saved: SavedBytes, on_cpu: bool = True) -> StepM
     model, sae = work.model, work.sae
     acts = _sae_activations(work)
     block = round(work.micro_prompts * work.context_size * saved.at(work.context_size))
+    block_input = work.micro_prompts * work.context_size * model.d_model * model.element_bytes
     residuals = (
         1 + work.has_kl + work.n_downstream
     )  # what is kept of the clean pass: block input, final state, downstream
@@ -72,7 +73,7 @@ def step_memory(work: Workload, saved: SavedBytes, on_cpu: bool = True) -> StepM
         "SAE gradients": sae.trained_bytes,
         "optimizer state": 2 * sae.optimized_bytes,
         "clean activations": work.sae_prompts * work.context_size * residuals * model.d_model * model.element_bytes,
-        "spliced activations": work.spliced_blocks * block,
+        "spliced activations": work.spliced_blocks * (block_input if work.recomputes_blocks else block),
         "working space of a block": block,
         "KL chunk": work.has_kl * chunk * model.vocabulary * FP32_BYTES * chunk_tensors,
         "SAE activations": acts.of_earlier_batches + acts.largest,
@@ -140,7 +141,12 @@ def saved_by_spliced_pass(spliced: SplicedModel, context_size: int) -> SavedByte
     if n_blocks == 0:
         return SavedBytes(0.0, 0.0)
     n = max(1, min(PROBE_POSITIONS, context_size) // 3)
-    first, second, third = (_saved_bytes(spliced, length) / n_blocks for length in (n, 2 * n, 3 * n))
+    recomputes = spliced.recomputes_blocks
+    spliced.recompute_blocks(False)  # what a block keeps is held then too, of one block at a time
+    try:
+        first, second, third = (_saved_bytes(spliced, length) / n_blocks for length in (n, 2 * n, 3 * n))
+    finally:
+        spliced.recompute_blocks(recomputes)
     # T(n) = constant + fixed * n + per_position * n**2, of which the constant belongs to no token.
     square = (third - 2 * second + first) / (2 * n**2)
     linear = (second - first) / n - 3 * n * square

@@ -97,6 +97,8 @@ class Workload:
     separable: bool = True
     """Whether the SAE too runs on one micro-batch at a time."""
     clips: bool = True
+    recomputes_blocks: bool = False
+    """Of a block, the spliced pass keeps its input alone (`checkpoint_blocks`)."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -149,6 +151,7 @@ def workload_of(
         n_downstream=len(hooks),
         separable=sae.cfg.architecture() in TOKEN_SEPARABLE and not objective.balance_kl,
         clips=cfg.max_grad_norm is not None,
+        recomputes_blocks=cfg.checkpoint_blocks,
     )
 
 

@@ -53,7 +53,7 @@ class _TopKKLSum(torch.autograd.Function):
         weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
         gradient = torch.zeros_like(spliced_hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=spliced_hidden.device)
-        chunk = even_chunk(len(spliced_hidden), chunk_tokens(len(weight)))
+        chunk = max(1, even_chunk(len(spliced_hidden), chunk_tokens(len(weight))))
         logits = weight.new_empty(min(chunk, len(spliced_hidden)), len(weight))  # the same memory for each chunk
         part = max(1, GATHERED_ELEMENTS // (k * weight.shape[1]))
         with torch.autocast(device_type, enabled=False):
@@ -77,9 +77,7 @@ class _TopKKLSum(torch.autograd.Function):
         return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
 
 
-def _top_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, out: Tensor
-) -> tuple[Tensor, Tensor]:
+def _top_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, out: Tensor) -> tuple[Tensor, Tensor]:
     """The `k` largest logits of each token, in at least fp32, and which they are, both `[tokens, k]`."""
     logits = torch.mm(hidden, weight.T, out=out[: len(hidden)])
     if bias is not None:

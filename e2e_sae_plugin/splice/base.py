@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.kernels.kl import LinearHead, Unembed
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
+from e2e_sae_plugin.splice.recompute import AllCaught, Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class SplicedModel(ABC):
         self.vocabulary = 0  # known after `check`
         self.unembed: Unembed = self.logits  # `check` puts a faster one here where it can
         self.shared: CleanPassSource | None = None  # passes that other SAEs need too
+        self.recomputes_blocks = False  # set by `recompute_blocks`
 
     def _freeze(self) -> None:
         self.model.eval()
@@ -115,8 +117,12 @@ class SplicedModel(ABC):
         """What both passes over these tokens need, computed once (tokens, attention mask)."""
 
     @abstractmethod
-    def _run(self, context: Any, start: Tensor | None) -> Tensor:
-        """Final hidden state of a run from the embeddings, or from `start` entering `position.start_block`."""
+    def _run(self, context: Any, start: Tensor | None, recompute: Recompute | None) -> Tensor:
+        """Final hidden state of a run from the embeddings, or from `start` entering `position.start_block`.
+
+        Args:
+            recompute: calls the blocks of a run from `start`; None where autograd keeps what it wants of them.
+        """
 
     @abstractmethod
     def _capture_block_input(self) -> AbstractContextManager[list[Tensor]]:
@@ -142,6 +148,20 @@ class SplicedModel(ABC):
         """
 
     # What all families share.
+
+    def recompute_blocks(self, wanted: bool) -> None:
+        """Activation checkpointing: in spliced passes, autograd keeps only the input of each block, and backward computes
+        the rest anew, one block at a time. It costs one more forward pass over these blocks and changes no number.
+
+        Raises:
+            ValueError: wanted where no block runs after the SAE.
+        """
+        if wanted and self.position.layers_after == 0:
+            raise ValueError(
+                f"checkpoint_blocks=True has no effect: no block of the {self.position.n_layers} runs after "
+                f"{self.position.hook_name!r}. Leave it at False, or use an earlier hook_name."
+            )
+        self.recomputes_blocks = wanted
 
     @torch.no_grad()
     @shape_checked
@@ -171,19 +191,26 @@ class SplicedModel(ABC):
         caught: dict[str, Tensor] = {}
         wanted = None if hidden else self.downstream_hooks
         functions = {name: _catcher(caught, name, wanted) for name in self.downstream_hooks}
+        # The same hooks, so that the same code runs; but a recomputed value belongs to no graph, and is not to be caught.
+        functions_again: dict[str, HookFunction] = dict.fromkeys(self.downstream_hooks, _ignore)
         if self.position.enters_block:
             start = activation
         else:
             start = clean.block_input
-            functions[self.position.hook_name] = lambda _: activation
+            functions[self.position.hook_name] = functions_again[self.position.hook_name] = lambda _: activation
+        recompute = None
+        if self.recomputes_blocks and torch.is_grad_enabled():
+            recompute = Recompute(lambda: self._hooked(functions_again))
         with self._hooked(functions):
-            final = self._run_until_caught(clean.context, start)
+            final = self._run_until_caught(clean.context, start, recompute)
         return SplicedPass(caught, final)
 
-    def _run_until_caught(self, context: Any, start: Tensor | None) -> Tensor | None:
+    def _run_until_caught(
+        self, context: Any, start: Tensor | None, recompute: Recompute | None = None
+    ) -> Tensor | None:
         try:
-            return self._run(context, start)
-        except _AllCaught:
+            return self._run(context, start, recompute)
+        except AllCaught:
             return None
 
     def check(self, context_size: int = 8) -> Tensor:
@@ -313,14 +340,14 @@ def _describe(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-class _AllCaught(Exception):
-    """Raised from a hook to end a pass early: everything that was wanted has been computed."""
+def _ignore(activation: Tensor) -> None:
+    """Hook function that leaves the activation as it is."""
 
 
 def _catcher(caught: dict[str, Tensor], name: str, stop_once_caught: Sequence[str] | None) -> HookFunction:
     def catch(activation: Tensor) -> None:
         caught[name] = activation
         if stop_once_caught is not None and caught.keys() >= set(stop_once_caught):
-            raise _AllCaught
+            raise AllCaught
 
     return catch

@@ -15,6 +15,7 @@ from e2e_sae_plugin.kernels.kl import LinearHead
 from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.positions import HookPosition, hugging_face_position, near_matches
+from e2e_sae_plugin.splice.recompute import Recompute
 
 
 def find_layers(model: nn.Module, hook_name: str) -> str:
@@ -73,8 +74,8 @@ class SplicedHuggingFace(SplicedModel):
     def _prepare(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def _run(self, context: Tensor, start: Tensor | None) -> Tensor:
-        return self._swap.run(context, start, self.position.start_block)
+    def _run(self, context: Tensor, start: Tensor | None, recompute: Recompute | None) -> Tensor:
+        return self._swap.run(context, start, self.position.start_block, recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)

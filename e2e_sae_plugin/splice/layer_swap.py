@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from e2e_sae_plugin.kernels.kl import LinearHead
 from e2e_sae_plugin.splice.native_activations import NativeActivations
+from e2e_sae_plugin.splice.recompute import Recompute, RecomputedBlock
 
 
 class _HandOn(nn.Module):
@@ -77,19 +78,23 @@ class LayerSwap:
     def token_device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue, reportReturnType]
 
-    def run(self, tokens: Tensor, start: Tensor | None, start_block: int) -> Tensor:
-        """Final hidden state `[batch, pos, d_model]`, from the embeddings or with `start` entering `start_block`."""
+    def run(self, tokens: Tensor, start: Tensor | None, start_block: int, recompute: Recompute | None = None) -> Tensor:
+        """Final hidden state `[batch, pos, d_model]`, from the embeddings or with `start` entering `start_block`.
+
+        Args:
+            recompute: calls the layers of a run from `start`.
+        """
         with self.activations.swapped_in():
             if start is None:
                 output = self.body(input_ids=tokens, use_cache=False)
             else:
-                with self._started_at(start_block, start):
+                with self._started_at(start_block, start, recompute):
                     output = self.body(input_ids=tokens, use_cache=False)
         self.output_class = type(output)
         return output.last_hidden_state
 
     @contextmanager
-    def _started_at(self, start_block: int, start: Tensor) -> Iterator[None]:
+    def _started_at(self, start_block: int, start: Tensor, recompute: Recompute | None) -> Iterator[None]:
         originals = list(self.layers)
         handle = None
         try:
@@ -97,8 +102,13 @@ class LayerSwap:
                 # Past the last layer there is no input to replace, so the last stand-in returns the value.
                 value = start if i == start_block - 1 == len(originals) - 1 else None
                 self.layers[i] = _HandOn(originals[i], self.returns_tuple, value)
+            if recompute is not None:
+                recompute = recompute.within(self.activations.swapped_in)
+                for i in range(start_block, len(originals)):
+                    self.layers[i] = RecomputedBlock(originals[i], recompute)
             if start_block < len(originals):
-                handle = originals[start_block].register_forward_pre_hook(
+                # Where a stand-in recomputes the layer, its input has been replaced by then.
+                handle = self.layers[start_block].register_forward_pre_hook(
                     lambda _, args, kwargs: _replace_hidden(args, kwargs, start), with_kwargs=True
                 )
             yield

@@ -27,6 +27,7 @@ from transformer_lens.utilities.activation_functions import gelu_fast, gelu_new
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from e2e_sae_plugin.splice.native_activations import gelu_tanh
+from e2e_sae_plugin.splice.recompute import Recompute
 
 BETWEEN_SUBLAYERS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 """Hook points of a block that are called here as in the block itself; a hook anywhere else needs the block's own code."""
@@ -62,10 +63,11 @@ class NativeBlocks:
         self.any_fits = any(block is not None for block in self._blocks)
         self.wanted = True
 
-    def run(self, residual: Tensor, start_block: int) -> Tensor:
+    def run(self, residual: Tensor, start_block: int, recompute: Recompute | None = None) -> Tensor:
         """Final hidden state `[batch, pos, d_model]` from the residual stream entering `start_block`."""
         for native, block in zip(self._blocks[start_block:], list(self.model.blocks)[start_block:], strict=True):
-            residual = block(residual) if native is None or native.is_listened_to() else native(residual)
+            runs = block if native is None or native.is_listened_to() else native
+            residual = runs(residual) if recompute is None else recompute(runs, residual)
         if self.model.cfg.normalization_type is None:
             return residual
         return normalised(self.model.ln_final, residual)

@@ -19,6 +19,7 @@ from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.native_blocks import NativeBlocks
 from e2e_sae_plugin.splice.positions import HookPosition, transformer_lens_position
+from e2e_sae_plugin.splice.recompute import Recompute, recomputed
 
 # Hooks of a pass carry a level of their own, so that removing them leaves a user's hooks where they are.
 HOOK_LEVEL = 10_007
@@ -91,17 +92,18 @@ class SplicedHookedTransformer(SplicedModel):
         residual, _, shortformer_pos_embed, attention_mask = self.model.input_to_embed(tokens, prepend_bos=False)
         return _Embedded(tokens, residual, shortformer_pos_embed, attention_mask)
 
-    def _run(self, context: _Embedded, start: Tensor | None) -> Tensor:
+    def _run(self, context: _Embedded, start: Tensor | None, recompute: Recompute | None) -> Tensor:
         if self._native.wanted and context.attention_mask is None and context.shortformer_pos_embed is None:
             residual, block = (context.residual, 0) if start is None else (start, self.position.start_block)
-            return self._native.run(residual, block)
-        residual = self.model(
-            context.residual if start is None else start,
-            start_at_layer=0 if start is None else self.position.start_block,
-            stop_at_layer=self.model.cfg.n_layers,
-            shortformer_pos_embed=context.shortformer_pos_embed,
-            attention_mask=context.attention_mask,
-        )
+            return self._native.run(residual, block, recompute)
+        with recomputed(self.model.blocks, self.position.start_block, recompute):
+            residual = self.model(
+                context.residual if start is None else start,
+                start_at_layer=0 if start is None else self.position.start_block,
+                stop_at_layer=self.model.cfg.n_layers,
+                shortformer_pos_embed=context.shortformer_pos_embed,
+                attention_mask=context.attention_mask,
+            )
         return residual if self.model.cfg.normalization_type is None else self.model.ln_final(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -151,9 +153,9 @@ class SplicedBridge(SplicedModel):
             self.model.pos_embed._current_batch_size = tokens.shape[0]  # as the bridge's own forward does
         return tokens
 
-    def _run(self, context: Tensor, start: Tensor | None) -> Tensor:
+    def _run(self, context: Tensor, start: Tensor | None, recompute: Recompute | None) -> Tensor:
         self._prepare(context)
-        return self._swap.run(context, start, self.position.start_block)
+        return self._swap.run(context, start, self.position.start_block, recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)

@@ -30,7 +30,7 @@ OWN_FIELDS = frozenset(
         "objective", "local_first", "sae", "lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps",
         "n_restart_cycles", "adam_beta1", "adam_beta2", "max_grad_norm", "b_dec_init_method", "frozen_parameters",
         "keep_decoder_norms", "dead_feature_window", "feature_sampling_window", "dead_feature_threshold", "autocast",
-        "patience_evaluations", "max_skipped_steps",
+        "patience_evaluations", "max_skipped_steps", "checkpoint_blocks",
     }
 )  # fmt: skip
 """Fields that may differ between the SAEs of a sweep. All others say what model, data and batches are, which are shared."""

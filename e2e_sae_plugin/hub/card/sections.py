@@ -256,6 +256,7 @@ def _about(objective: Objective, entry: CardEntry) -> str:
             f"`alpha = MSE / KL`, without gradient, at every step, as in the short fine-tune of {FINETUNING_PAPER}: the KL "
             "weighs as much as the squared error."
         )
+    said += [f"Approximated in training: {each}." for each in objective.approximations]
     if objective.mse and entry.training_normalisation is not None:
         said.append(f"The squared error is that of normalised activations ({markdown(entry.training_normalisation)}).")
     if objective.beta and objective.downstream_hooks is not None:
