@@ -210,7 +210,11 @@ def test_a_downstream_error_is_named_with_its_hook(tmp_path: Path):
 
 
 def test_an_error_too_large_for_fp32_is_named_with_its_hook(tmp_path: Path):
-    message = fault_of(tmp_path, tiny_hooked_transformer(), lambda sae: sae.b_dec.fill_(1e20))
+    # No norm lies between the two hooks: its own square would overflow too.
+    message = fault_of(
+        tmp_path, tiny_hooked_transformer(), lambda sae: sae.b_dec.fill_(1e20), hook_name="blocks.1.hook_mlp_out",
+        objective=Objective(beta=0.1, downstream_hooks=("blocks.2.hook_resid_pre",), kl=0.0),
+    )  # fmt: skip
     assert "The downstream error at blocks.2.hook_resid_pre is not finite, while what it compares is" in message
 
 
@@ -225,13 +229,11 @@ def test_the_saes_own_term_is_named(tmp_path: Path):
     assert "The SAE's own term l1_loss is not finite." in message
 
 
-def test_the_auxiliary_term_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from sae_lens import TopKTrainingSAE
-
-    monkeypatch.setattr(TopKTrainingSAE, "calculate_topk_aux_loss", lambda *_, **__: torch.tensor(math.inf))
+def test_the_auxiliary_term_is_named(tmp_path: Path):
     message = fault_of(
-        tmp_path, tiny_hooked_transformer(), architecture="topk", objective=Objective.e2e(), dead_feature_window=1
-    )
+        tmp_path, tiny_hooked_transformer(), architecture="topk", sae={"aux_loss_coefficient": 1e39},
+        objective=Objective.e2e(), dead_feature_window=1,
+    )  # fmt: skip
     assert "The SAE's own term auxiliary_reconstruction_loss is not finite." in message
 
 

@@ -70,8 +70,10 @@ def test_steps_of_the_local_part_are_those_of_a_local_run():
         return {name: parameter.detach().clone() for name, parameter in trainer.sae.named_parameters()}
 
     mixed, local = weights(objective=Objective.e2e(), local_first=0.4), weights(objective=Objective.local())
-    assert all(torch.equal(mixed[name], local[name]) for name in local)
-    assert any(not torch.equal(mixed[name], other) for name, other in weights(objective=Objective.e2e()).items())
+    for name, value in local.items():  # but for the rounding of Adam's fused kernel, which local runs do without
+        torch.testing.assert_close(mixed[name], value, rtol=1e-5, atol=1e-7)
+    others = weights(objective=Objective.e2e())
+    assert any((mixed[name] - other).abs().max() > 1e-4 for name, other in others.items())
 
 
 def test_a_run_without_a_local_part_never_trains_locally():

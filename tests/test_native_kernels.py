@@ -88,7 +88,8 @@ def test_blocks_of_another_make_run_their_own_code(overrides: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
-    "inside", ["blocks.2.attn.hook_pattern", "blocks.2.mlp.hook_post", "blocks.2.ln1.hook_normalized"]
+    "inside",
+    ["attn.hook_pattern", "attn.hook_v", "attn.hook_z", "mlp.hook_pre", "mlp.hook_post", "ln1.hook_normalized"],
 )
 def test_a_users_hook_inside_a_block_is_called_and_has_its_effect(inside: str):
     model = tiny_hooked_transformer()
@@ -101,7 +102,7 @@ def test_a_users_hook_inside_a_block_is_called_and_has_its_effect(inside: str):
         seen.append(value)
         return value / 2
 
-    model.hook_dict[inside].add_hook(halve)  # pyright: ignore[reportArgumentType]
+    model.hook_dict[f"blocks.2.{inside}"].add_hook(halve)  # pyright: ignore[reportArgumentType]
     hooked = spliced_model.clean_pass(token_batch(2)).hidden
     assert seen
     spliced_model.use_native_kernels(False)

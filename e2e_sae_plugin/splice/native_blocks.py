@@ -29,8 +29,13 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from e2e_sae_plugin.splice.native_activations import gelu_tanh
 from e2e_sae_plugin.splice.recompute import Recompute
 
-BETWEEN_SUBLAYERS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
-"""Hook points of a block that are called here as in the block itself; a hook anywhere else needs the block's own code."""
+CALLED = (
+    *("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"),
+    *("attn.hook_v", "attn.hook_z", "mlp.hook_pre", "mlp.hook_post"),
+)
+"""Hook points of a block that are called here as in the block itself; a hook anywhere else needs the block's own code.
+
+They are the places that SAEs have, so that a clean pass for several SAEs is each one's own, to the bit."""
 
 # Settings of `HookedTransformerConfig` that change what a block computes in ways that are not written out below, each with
 # the value that leaves it as it is here.
@@ -78,8 +83,7 @@ class NativeBlock:
 
     def __init__(self, block: TransformerBlock):
         self.block, self.cfg = block, block.cfg
-        called_here = [getattr(block, name, None) for name in BETWEEN_SUBLAYERS]
-        self._inside = [module for module in block.modules() if all(module is not point for point in called_here)]
+        self._inside = [module for name, module in block.named_modules() if name not in CALLED]
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -130,6 +134,7 @@ class NativeBlock:
         if self.cfg.positional_embedding_type == "rotary":
             q_k = self._rotated(q_k)
         q, k = q_k.split([n_heads, n_kv_heads], dim=2)
+        v = attn.hook_v(v)
         z = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -138,7 +143,8 @@ class NativeBlock:
             scale=1 / attn.attn_scale,
             enable_gqa=n_kv_heads != n_heads,
         )
-        return F.linear(z.transpose(1, 2).flatten(2), attn.W_O.flatten(0, 1).T, attn.b_O)
+        z = attn.hook_z(z.transpose(1, 2))
+        return F.linear(z.flatten(2), attn.W_O.flatten(0, 1).T, attn.b_O)
 
     def _rotated(self, x: Tensor) -> Tensor:
         """Rotary position embedding of `[batch, pos, heads, d_head]`."""
@@ -155,10 +161,11 @@ class NativeBlock:
     def _mlp(self, x: Tensor) -> Tensor:
         mlp: Any = self.block.mlp
         if isinstance(mlp, GatedMLP):
-            post = activated(mlp.act_fn, F.linear(x, mlp.W_gate.T)) * F.linear(x, mlp.W_in.T) + mlp.b_in
+            gate = mlp.hook_pre(F.linear(x, mlp.W_gate.T))
+            post = activated(mlp.act_fn, gate) * F.linear(x, mlp.W_in.T) + mlp.b_in
         else:
-            post = activated(mlp.act_fn, F.linear(x, mlp.W_in.T, mlp.b_in))
-        return F.linear(post, mlp.W_out.T, mlp.b_out)
+            post = activated(mlp.act_fn, mlp.hook_pre(F.linear(x, mlp.W_in.T, mlp.b_in)))
+        return F.linear(mlp.hook_post(post), mlp.W_out.T, mlp.b_out)
 
 
 def _is_known_norm(norm: nn.Module) -> bool:
