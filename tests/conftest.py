@@ -8,6 +8,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"] = "1"  # its default keeps a test of failing storage waiting for minutes
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # processes beside each other: with several threads each they wait for one another
