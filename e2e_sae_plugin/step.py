@@ -171,7 +171,7 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         separable &= not self.objective.balance_kl  # whose scale is known when the whole step's KL is
         separable &= (
             not self._runs_sparsely()
-        )  # so no memory is to be saved, and each batch costs a gradient of full size
+        )  # no memory to be saved then, and each batch costs a gradient of full size
         return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
 
     def _runs_sparsely(self) -> bool:
@@ -249,8 +249,9 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             is_logging_step=self._is_logging_step(),
         )
         with self.autocast_if_enabled:
-            # Local training stays the host's own computation, to the bit.
-            output = kernels.training_forward_pass(self.sae, step_input) if self.objective.needs_spliced_pass else None
+            # Local training stays the host's own computation, to the bit; but not the local part of a run.
+            is_local = not self.runner_cfg.objective.needs_spliced_pass
+            output = None if is_local else kernels.training_forward_pass(self.sae, step_input)
             return self.sae.training_forward_pass(step_input) if output is None else output
 
     @property
