@@ -53,7 +53,7 @@ _KL: dict[str, Any] = {"objective": "e2e", "local_first": 0.0}
 _DOWNSTREAM = {"kl": 1.0, "beta": 1e-4}
 
 # Their sparsity coefficients, and the L1 coefficients of ours, are for an L0 of 40 at the end of just so many tokens.
-PEER = authors("e2e-sae", lr=5e-4, sparsity=0.152)
+PEER = authors("e2e-sae", lr=5e-4, sparsity=0.129)
 PEER_TUNED = authors("e2e-sae-tuned", lr=4e-3, sparsity=0.092)
 
 CONTESTANTS = {

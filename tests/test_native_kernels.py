@@ -180,3 +180,23 @@ def test_an_activation_with_a_hook_is_not_swapped():
     spliced_model = splice_into(model, "transformer.h.0", needs_downstream=False)
     spliced_model.clean_pass(token_batch(2))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "hook_name"),
+    [
+        (tiny_hooked_transformer(act_fn="gelu_new"), "blocks.1.mlp.hook_pre"),
+        (hugging_face("gelu_new"), "transformer.h.1.mlp.c_fc"),
+    ],
+    ids=["transformer_lens", "hugging_face"],
+)
+def test_what_a_hook_took_of_a_gelus_input_is_not_overwritten(model: Any, hook_name: str):
+    """In a clean pass the kernel writes to its input's memory, but not where the SAE has taken it."""
+    spliced_model = splice_into(model, hook_name, needs_downstream=False)
+    spliced_model.check()
+    activations: list[Tensor] = []
+    for native in (False, True):
+        spliced_model.use_native_kernels(native)
+        activations.append(spliced_model.clean_pass(token_batch(2)).activation)
+    torch.testing.assert_close(activations[1], activations[0], rtol=1e-4, atol=1e-4)
+    assert activations[0].min() < -0.5  # no GELU reaches that

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 
 from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.kernels.kl import LinearHead, Unembed
+from e2e_sae_plugin.splice.check import check_splice, not_downstream
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
 from e2e_sae_plugin.splice.recompute import AllCaught, Recompute
-
-logger = logging.getLogger(__name__)
 
 CleanPassSource = Callable[["SplicedModel", Tensor], "CleanPass | None"]
 """Clean pass over these tokens for this place, where it has been computed together with others; else None."""
@@ -92,7 +90,7 @@ class SplicedModel(ABC):
                     f"objective.downstream_hooks: the model has no hook {hook!r}.{near_matches(hook, self.hook_names())}"
                 )
             if hook == self.position.hook_name:
-                raise ValueError(_not_downstream(hook, self.position.hook_name))
+                raise ValueError(not_downstream(hook, self.position.hook_name))
         return tuple(hooks)
 
     def autocast(self, enabled: bool) -> AbstractContextManager[Any]:
@@ -220,78 +218,7 @@ class SplicedModel(ABC):
             ValueError: the model has no logits, is not causal, its logits are not a function of its final hidden state
                 alone, or a downstream hook does not depend on the SAE's output (or is the SAE's own place).
         """
-        tokens = torch.arange(max(2, context_size), 0, -1, device=self.token_device)[None]
-        with torch.no_grad():
-            logits = self.full_logits(tokens)
-            if not isinstance(logits, Tensor) or logits.ndim != 3:
-                raise ValueError(f"The model gives no logits [batch, pos, vocabulary] but {_describe(logits)}.")
-            self.vocabulary = logits.shape[-1]
-            self._check_causal(tokens, logits)
-            clean, rebuilt = self._clean_logits(tokens)
-            if self.use_native_kernels(False):
-                native, (clean, rebuilt) = rebuilt, self._clean_logits(tokens)
-                tolerance = float(logits.abs().max()) * torch.finfo(logits.dtype).eps ** 0.5
-                if float((native - rebuilt).abs().max()) <= tolerance:
-                    self.use_native_kernels(True)
-                else:
-                    logger.info(
-                        "This model is run by its own code, not by torch's faster kernels, which differ from it."
-                    )
-        if not torch.isfinite(logits).all():
-            raise ValueError(
-                f"The model's logits are not finite on the token ids {tokens[0].tolist()}, without any SAE. Its weights are "
-                f"damaged, or its dtype ({logits.dtype}) is too narrow for them."
-            )
-        if not torch.allclose(rebuilt.float(), logits[0].float(), rtol=1e-2, atol=1e-2):
-            raise ValueError(
-                "The model's logits are not its unembedding of the final hidden state "
-                f"(difference {float((rebuilt.float() - logits[0].float()).abs().max()):.2g}), so the KL cannot be "
-                "computed in chunks. Please report the model class: " + type(self.model).__name__
-            )
-        self._check_downstream(clean)
-        assert clean.hidden is not None
-        self.unembed = self._fastest_unembedding(clean.hidden[0])
-        return clean.activation
-
-    def _clean_logits(self, tokens: Tensor) -> tuple[CleanPass, Tensor]:
-        clean = self.clean_pass(tokens)
-        assert clean.hidden is not None
-        return clean, self.logits(clean.hidden[0])
-
-    @torch.no_grad()
-    def _fastest_unembedding(self, hidden: Tensor) -> Unembed:
-        """The linear head if it gives the model's logits, on hidden states large enough to reach any soft cap too."""
-        head = self.linear_head()
-        if head is None:
-            return self.logits
-        logits = self.logits(hidden)
-        probe = torch.cat([hidden, hidden * (1e3 / float(logits.abs().max().clamp_min(1e-3)))])
-        expected, got = self.logits(probe).float(), head(probe.to(head.weight)).to(logits.device).float()
-        same = got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
-        return head if same else self.logits
-
-    def _check_causal(self, tokens: Tensor, logits: Tensor) -> None:
-        changed = tokens.clone()
-        changed[0, -1] = 0  # not the token it is (those count down to 1)
-        moved = (self.full_logits(changed)[0, :-1].float() - logits[0, :-1].float()).abs().max()
-        if float(moved) > 1e-2 * float(logits.float().abs().max()):
-            raise ValueError(
-                f"The model is not causal: changing the last token moves the logits of earlier positions by {moved:.2g}. "
-                "End-to-end training needs an autoregressive language model."
-            )
-
-    def _check_downstream(self, clean: CleanPass) -> None:
-        """Downstream means: computed in the spliced pass, from the SAE's output, and not that output itself."""
-        if not self.downstream_hooks:
-            return
-        activation = clean.activation.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            spliced = self.spliced_pass(clean, activation)
-        for hook in self.downstream_hooks:
-            value = spliced.downstream.get(hook)
-            same_place = value is not None and value.shape == activation.shape and torch.equal(value, activation)
-            if value is None or not value.requires_grad or same_place:
-                raise ValueError(_not_downstream(hook, self.position.hook_name))
+        return check_splice(self, context_size)
 
     @property
     @abstractmethod
@@ -327,17 +254,6 @@ def clean_passes(
         start = activation if model.position.enters_block else block_input[0]
         passes.append(CleanPass(activation, start, caught_later, final, context))
     return passes
-
-
-def _not_downstream(hook: str, hook_name: str) -> str:
-    return (
-        f"objective.downstream_hooks: {hook!r} is not downstream of the SAE at {hook_name!r}: its activation does not "
-        "depend on the SAE's output, or is that output. Name hooks that the model computes after the SAE."
-    )
-
-
-def _describe(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _ignore(activation: Tensor) -> None:

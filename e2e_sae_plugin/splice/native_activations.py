@@ -4,28 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
+
+from e2e_sae_plugin.kernels.gelu import gelu_tanh
 
 # Both are `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
 SPELLED_OUT = (NewGELUActivation, FastGELUActivation)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """`x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`."""
-    return F.gelu(x, approximate="tanh")
+class _NativeGelu(nn.Module):
+    def __init__(self, may_overwrite: bool):
+        super().__init__()
+        self.may_overwrite = may_overwrite
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_tanh(x, may_overwrite=self.may_overwrite)
+
+
+@dataclass(frozen=True)
+class _Swap:
+    parent: nn.Module
+    name: str
+    original: nn.Module
+
+    def is_listened_to(self) -> bool:
+        """An activation with hooks stays, so that they are called."""
+        return bool(self.original._forward_hooks or self.original._backward_hooks)
+
+    def may_overwrite(self) -> bool:
+        """Whether nobody can have kept the activation's input."""
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.parent.modules())
 
 
 class NativeActivations:
     """Swaps a model's spelled-out GELUs for the kernel while a pass runs, and back whatever happens."""
 
     def __init__(self, model: nn.Module):
-        native = nn.GELU(approximate="tanh")
+        self._native = {may_overwrite: _NativeGelu(may_overwrite) for may_overwrite in (False, True)}
         self._wanted = True
         self._swaps = [
-            (parent, name, child, native)
+            _Swap(parent, name, child)
             for parent in model.modules()
             for name, child in parent.named_children()
             if type(child) in SPELLED_OUT
@@ -38,13 +59,12 @@ class NativeActivations:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """An activation with hooks stays, so that they are called."""
-        wanted = self._swaps if self._wanted else []
-        swaps = [swap for swap in wanted if not (swap[2]._forward_hooks or swap[2]._backward_hooks)]
+        """For the time of a pass, whose hooks are in place."""
+        swaps = [swap for swap in self._swaps if self._wanted and not swap.is_listened_to()]
         try:
-            for parent, name, _, native in swaps:
-                parent._modules[name] = native
+            for swap in swaps:
+                swap.parent._modules[swap.name] = self._native[swap.may_overwrite()]
             yield
         finally:
-            for parent, name, original, _ in swaps:
-                parent._modules[name] = original
+            for swap in swaps:
+                swap.parent._modules[swap.name] = swap.original

@@ -26,7 +26,7 @@ from transformer_lens.components.transformer_block import TransformerBlock
 from transformer_lens.utilities.activation_functions import gelu_fast, gelu_new
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from e2e_sae_plugin.splice.native_activations import gelu_tanh
+from e2e_sae_plugin.kernels.gelu import gelu_tanh
 from e2e_sae_plugin.splice.recompute import Recompute
 
 CALLED = (
@@ -162,9 +162,9 @@ class NativeBlock:
         mlp: Any = self.block.mlp
         if isinstance(mlp, GatedMLP):
             gate = mlp.hook_pre(F.linear(x, mlp.W_gate.T))
-            post = activated(mlp.act_fn, gate) * F.linear(x, mlp.W_in.T) + mlp.b_in
+            post = activated(mlp.act_fn, gate, mlp.hook_pre) * F.linear(x, mlp.W_in.T) + mlp.b_in
         else:
-            post = activated(mlp.act_fn, mlp.hook_pre(F.linear(x, mlp.W_in.T, mlp.b_in)))
+            post = activated(mlp.act_fn, mlp.hook_pre(F.linear(x, mlp.W_in.T, mlp.b_in)), mlp.hook_pre)
         return F.linear(mlp.hook_post(post), mlp.W_out.T, mlp.b_out)
 
 
@@ -190,6 +190,12 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(part._forward_hooks or part._backward_hooks for part in module.modules())
 
 
-def activated(act_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`act_fn(x)`, with one kernel for the formulas of GPT-2's GELU."""
-    return gelu_tanh(x) if act_fn in (gelu_new, gelu_fast) else act_fn(x)
+def activated(act_fn: Callable[[Tensor], Tensor], x: Tensor, hook_point: nn.Module) -> Tensor:
+    """`act_fn(x)`, with one kernel for the formulas of GPT-2's GELU; in `x`'s memory if it may be lost.
+
+    Args:
+        hook_point: where `x` has been handed out to hooks, if any listen.
+    """
+    if act_fn not in (gelu_new, gelu_fast):
+        return act_fn(x)
+    return gelu_tanh(x, may_overwrite=not _has_hooks(hook_point))
