@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -151,6 +152,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1: small matrices gain little)")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at once, on as many cores (default %(default)s)")
     parser.add_argument(
         "--peer-tokens",
         type=int,
@@ -184,10 +186,12 @@ def compare(args: argparse.Namespace) -> None:
     """Run the contestants seed by seed, so that what else the machine does is alike for all, and print the tables."""
     recipes = {name: as_asked(recipe, args) for name, recipe in CONTESTANTS.items()}
     results: Results = {name: {} for name in recipes if name in args.only}
-    for seed in args.seeds:
-        for name in results:
-            results[name][seed] = run_in_child(recipes[name], seed, args.output, args.threads)
-    print(f"{args.threads} threads for each run, one run at a time\n")
+    with ThreadPoolExecutor(args.at_once) as pool:
+        runs = [(name, seed) for seed in args.seeds for name in results]
+        found = pool.map(lambda run: run_in_child(recipes[run[0]], run[1], args.output, args.threads), runs)
+        for (name, seed), what in zip(runs, found, strict=True):
+            results[name][seed] = what
+    print(f"Threads for each run: {args.threads}; runs at once: {args.at_once}\n")
     print(RUN_HEADER)
     for name, runs in results.items():
         for seed, found in runs.items():

@@ -169,20 +169,23 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """
         separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
         separable &= not self.objective.balance_kl  # whose scale is known when the whole step's KL is
-        separable &= (
-            not self._runs_sparsely()
-        )  # no memory to be saved then, and each batch costs a gradient of full size
+        separable &= not self._parts_cost_more(batch)
         return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
 
-    def _runs_sparsely(self) -> bool:
-        """Whether a kernel will take the SAE for sparse, going by how many features were active on average lately.
+    def _parts_cost_more(self, batch: Tensor) -> bool:
+        """Whether to run the SAE once takes less memory than micro-batches, whose gradients of full size are summed up.
 
         By statistics that a checkpoint has, so that a resumed run adds up its gradients in the same order.
         """
-        if not self.n_frac_active_samples or not kernels.can_be_sparse(self.sae):
-            return False
-        density = float(self.act_freq_scores.mean()) / self.n_frac_active_samples
-        return density < SPARSE_DENSITY / 2  # by a margin: where it turns out dense after all, that takes more memory
+        if not kernels.can_be_sparse(self.sae):
+            return False  # the host's code makes several `[tokens, d_sae]` tensors
+        if self.n_frac_active_samples:
+            density = float(self.act_freq_scores.mean()) / self.n_frac_active_samples
+            if density < SPARSE_DENSITY / 2:  # by a margin: where it turns out dense after all, that takes more memory
+                return True
+        # One such tensor for the tokens beyond a micro-batch's, against a second gradient of W_enc and W_dec.
+        further_tokens = batch[self.runner_cfg.micro_batch_size_prompts :].numel()
+        return 0 < further_tokens <= 2 * self.sae.cfg.d_in
 
     def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
         """Adds the gradient of these sequences' part of the step to the SAE's parameters.

@@ -1,9 +1,9 @@
-"""SAELens's standard (ReLU, L1) training SAE with its backward written out: sparse, or in two `[tokens, d_sae]` tensors.
+"""SAELens's standard (ReLU, L1) training SAE with its backward written out: sparse, or in one `[tokens, d_sae]` tensor.
 
 The host's own forward pass keeps three such tensors and makes some eight more on the way, most of them for the L1. Where
 few features are active, as they are but for the first steps of a training, no such tensor is made (`SparseSAE`). Else
 the activations are made in place of the pre-activations, the L1 is a product with a vector, and its gradient joins that
-of the reconstruction in place.
+of the reconstruction in place; all of it some thousand features at a time, so that they stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.standard_sae import StandardTrainingSAE
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from e2e_sae_plugin.kernels.sparse import ActiveFeatures
 from e2e_sae_plugin.kernels.sparse_sae import Encoder, SparseSAE, select_positive
+
+TILE_FEATURES = 2048
+"""Features whose activations are computed at once on a CPU: of 2,048 tokens 16 MB in fp32."""
 
 
 def can_train(sae: Any) -> bool:
@@ -57,6 +61,13 @@ def training_forward_pass(sae: StandardTrainingSAE, step_input: TrainStepInput) 
     )
 
 
+def feature_tiles(W_enc: Tensor) -> list[slice]:
+    """Features that are dealt with at once: on a CPU so many that their activations stay in its cache, elsewhere all."""
+    d_sae = W_enc.shape[1]
+    size = TILE_FEATURES if W_enc.device.type == "cpu" else d_sae
+    return [slice(first, min(first + size, d_sae)) for first in range(0, d_sae, size)]
+
+
 class _ReLUSAE(torch.autograd.Function):
     """`x [tokens, d_in]` -> `sae_out`, `feature_acts` (no gradient), `sum_i feature_acts_i ||W_dec_i||` per token.
 
@@ -74,39 +85,51 @@ class _ReLUSAE(torch.autograd.Function):
         b_dec_on_input: bool,
         first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n_first = 0 if first is None else len(first)
-        if n_first == len(x) and first is not None:
-            acts = first.relu_()
-        else:
-            acts = x.new_empty(len(x), W_enc.shape[1])
-            if first is not None:
-                acts[:n_first] = first
-            torch.addmm(b_enc, x[n_first:], W_enc, out=acts[n_first:])
-            acts.relu_()
+        known = x.new_empty(0, W_enc.shape[1]) if first is None else first
+        rest = slice(len(known), None)
+        acts = known if len(known) == len(x) else x.new_empty(len(x), W_enc.shape[1])
         norms = W_dec.norm(dim=1)
+        sae_out, weighted = b_dec.repeat(len(x), 1), x.new_zeros(len(x))
+        for cols in feature_tiles(W_enc):
+            tile = acts[:, cols]
+            if acts is not known:
+                tile[: len(known)] = known[:, cols]
+                torch.addmm(b_enc[cols], x[rest], W_enc[:, cols], out=tile[rest])
+            tile.relu_()
+            sae_out.addmm_(tile, W_dec[cols])
+            weighted.addmv_(tile, norms[cols])
         ctx.save_for_backward(x, acts, norms, W_enc, W_dec)
         ctx.b_dec_on_input = b_dec_on_input
         ctx.mark_non_differentiable(acts)
         ctx.set_materialize_grads(False)
-        return torch.addmm(b_dec, acts, W_dec), acts, acts @ norms
+        return sae_out, acts, weighted
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's type)
+        ctx: Any, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         d_out, _, d_weighted = grad_outputs
         x, acts, norms, W_enc, W_dec = ctx.saved_tensors
-        d_acts = d_W_dec = d_b_dec = None
-        if d_out is not None:
-            d_acts, d_W_dec, d_b_dec = d_out @ W_dec.T, acts.T @ d_out, d_out.sum(0)
-        if d_weighted is not None:
-            d_acts = torch.outer(d_weighted, norms) if d_acts is None else d_acts.addr_(d_weighted, norms)
-            # A decoder row of zero length has no direction: gradient 0 there, as in torch's norm.
-            scale = torch.where(norms > 0, (d_weighted @ acts) / norms, 0)[:, None]
-            d_W_dec = scale * W_dec if d_W_dec is None else d_W_dec.addcmul_(scale, W_dec)
-        if d_acts is None:
+        if d_out is None and d_weighted is None:
             return None, None, None, None, None, None, None
-        torch.ops.aten.threshold_backward.grad_input(d_acts, acts, 0, grad_input=d_acts)  # d relu, in place
-        d_b_enc = d_acts.sum(0)
+        d_out = x.new_zeros(len(x), W_dec.shape[1]) if d_out is None else d_out.contiguous()
+        d_W_enc, d_W_dec, d_b_enc = torch.empty_like(W_enc), torch.empty_like(W_dec), W_enc.new_empty(W_enc.shape[1])
+        tiles = feature_tiles(W_enc)
+        buffer = x.new_empty(len(x) * (tiles[0].stop if tiles else 0))
+        for cols in tiles:
+            tile, n = acts[:, cols], cols.stop - cols.start
+            d_acts = torch.mm(d_out, W_dec[cols].T, out=buffer[: len(x) * n].view(len(x), n))
+            torch.mm(tile.T, d_out, out=d_W_dec[cols])
+            if d_weighted is not None:
+                d_acts.addr_(d_weighted, norms[cols])
+                # A decoder row of zero length has no direction: gradient 0 there, as in torch's norm.
+                scale = torch.where(norms[cols] > 0, (d_weighted @ tile) / norms[cols], 0)[:, None]
+                d_W_dec[cols].addcmul_(scale, W_dec[cols])
+            torch.ops.aten.threshold_backward.grad_input(d_acts, tile, 0, grad_input=d_acts)  # d relu, in place
+            torch.mm(x.T, d_acts, out=d_W_enc[:, cols])
+            torch.sum(d_acts, 0, out=d_b_enc[cols])
+        d_b_dec = d_out.sum(0)
         if ctx.b_dec_on_input:  # x = ... - b_dec: only the sum over tokens is needed, not one row per token
-            through_input = W_enc @ d_b_enc
-            d_b_dec = -through_input if d_b_dec is None else d_b_dec - through_input
-        return None, x.T @ d_acts, d_b_enc, d_W_dec, d_b_dec, None, None
+            d_b_dec -= W_enc @ d_b_enc
+        return None, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
