@@ -30,6 +30,7 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.constraints import DecoderNorms, freeze
 from e2e_sae_plugin.early_stop import EarlyStop
 from e2e_sae_plugin.faults import NonFiniteError, StepStatistics, find_fault
+from e2e_sae_plugin.kernels.heap import give_back
 from e2e_sae_plugin.kernels.sparse import fired_counts
 from e2e_sae_plugin.kernels.sparse_sae import SPARSE_DENSITY
 from e2e_sae_plugin.metrics_log import MetricsLog
@@ -183,9 +184,8 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             density = float(self.act_freq_scores.mean()) / self.n_frac_active_samples
             if density < SPARSE_DENSITY / 2:  # by a margin: where it turns out dense after all, that takes more memory
                 return True
-        # One such tensor for the tokens beyond a micro-batch's, against a second gradient of W_enc and W_dec.
         further_tokens = batch[self.runner_cfg.micro_batch_size_prompts :].numel()
-        return 0 < further_tokens <= 2 * self.sae.cfg.d_in
+        return kernels.takes_less_at_once(further_tokens, self.sae.cfg.d_in)
 
     def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
         """Adds the gradient of these sequences' part of the step to the SAE's parameters.
@@ -209,6 +209,8 @@ class SplicedStepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         roots = [(sae_total, torch.full_like(sae_total, share))]
         roots += [(r, g * share) for (_, _, r), g in zip(reconstructions, spliced.gradients, strict=True)]
         roots = [(root, seed) for root, seed in roots if root.requires_grad]
+        if self.sae.device.type == "cpu" and reconstructions:
+            give_back(sum(p.nbytes for p in self.sae.parameters()))
         torch.autograd.backward([root for root, _ in roots], [seed for _, seed in roots])
         output.loss = (spliced.weighted + sae_total).detach()
         output.losses = {**spliced.named, **sae_terms}

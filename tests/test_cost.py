@@ -269,7 +269,7 @@ def test_memory_by_hand():
     memory = step_memory(gpt2_small(step_prompts=4), SAVED)  # one micro-batch of 1,024 tokens
     acts, weights = 1024 * 46080 * 4, 4 * (2 * D * 46080 + 46080 + D)
     block = 1024 * (30_000 + 48 * 256)
-    chunk = 320 * 50257 * 4  # 2**24 logits, in whole 64s of tokens
+    chunk = 128 * 50257 * 4  # 2**23 logits, in whole 64s of tokens
     assert memory.parts == {
         "Python and libraries": LIBRARIES_BYTES,
         "model weights": 500_000_000,
@@ -280,14 +280,21 @@ def test_memory_by_hand():
         "spliced activations": 6 * block,
         "working space of a block": block,
         "KL chunk": 2 * chunk,
-        "SAE activations": 2 * acts,
+        "SAE activations": acts + 2**24 * 4,  # and the chunk in which features were counted
     }
     held = LIBRARIES_BYTES + 500_000_000 + 3 * weights + 1024 * 2 * D * 4
-    assert memory.phases["forward and backward of the SAE"] == held + weights + 2 * acts
+    assert memory.phases["forward and backward of the SAE"] == held + weights + acts + 2**24 * 4
     assert memory.peak_bytes == max(memory.phases.values()) == memory.phases[memory.peak_phase]
     on_device = step_memory(gpt2_small(step_prompts=4), SAVED, on_cpu=False)
     assert "Python and libraries" not in on_device.parts
     assert on_device.parts["KL chunk"] == 3 * chunk
+    assert on_device.parts["SAE activations"] == 2 * acts
+
+
+def test_a_relu_sae_runs_at_once_on_what_is_smaller_than_a_second_gradient():
+    assert gpt2_small().sae_prompts == 8  # 1,024 tokens beyond a micro-batch, against 2 d_in = 1,536
+    assert gpt2_small(step_prompts=12).sae_prompts == 4  # 2,048
+    assert changed(gpt2_small(), sae={"architecture": "jumprelu"}).sae_prompts == 4  # SAELens's own code
 
 
 def test_sparse_kernels_hold_a_chunk_and_the_active_features():
@@ -420,7 +427,7 @@ def test_a_local_start_is_advised_where_it_is_allowed():
 def test_a_smaller_step_is_advised_where_the_sae_runs_on_all_of_it():
     whole = changed(gpt2_small(), separable=False, sae={"architecture": "gated"})
     assert any("train_batch_size_tokens: 1024 " in one.change for one in advice_of(whole))
-    assert not any("train_batch_size_tokens" in one.change for one in advice_of(gpt2_small()))
+    assert not any("train_batch_size_tokens" in one.change for one in advice_of(gpt2_small(step_prompts=32)))
 
 
 def test_free_memory_is_the_machines_within_the_containers_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,8 @@ def plain_curve(model: HookedTransformer, sae: TrainingSAE[Any], batches: list[T
     losses: list[float] = []
     for n_step, tokens in enumerate(batches):
         with torch.no_grad():
-            clean_logits, cache = model.run_with_cache(tokens, names_filter=[HOOK])
+            cached: Any = model.run_with_cache(tokens, names_filter=[HOOK])
+        clean_logits, cache = cached
         sae_in = cache[HOOK].flatten(0, 1)
         coefficients = {"l1": sae.cfg.l1_coefficient} if hasattr(sae.cfg, "l1_coefficient") else {}
         output = sae.training_forward_pass(TrainStepInput(sae_in, coefficients, None, n_step, False))

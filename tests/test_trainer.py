@@ -589,6 +589,32 @@ def test_sparsity_statistics_divide_by_the_tokens_really_trained_on():
     assert trainer.n_training_samples == 4 * 6  # excluded tokens count, positions outside the slice do not
 
 
+@pytest.mark.parametrize(("n_prompts", "sae_batches"), [(4, [4]), (6, [6]), (8, [2, 2, 2, 2])])
+def test_a_dense_sae_runs_in_micro_batches_where_their_gradients_take_less_memory_than_its_activations(
+    n_prompts: int, sae_batches: list[int]
+):
+    """Of 8 tokens each: beyond the first 2 sequences, 16, 32 and 48 tokens, against 2 d_in = 32."""
+    results: list[tuple[dict[str, Tensor], TrainStepOutput]] = []
+    for most in (n_prompts, 2):
+        config = runner_config(
+            store_batch_size_prompts=most, train_batch_size_tokens=8 * n_prompts, objective=Objective.e2e(mse=0.1)
+        )
+        trainer = build_trainer(config)
+        sizes: list[int] = []
+        sae_forward = trainer.sae_forward
+
+        def counted(sae_in: Tensor, *, sizes: list[int] = sizes, sae_forward: Any = sae_forward) -> TrainStepOutput:
+            sizes.append(len(sae_in) // 8)
+            return sae_forward(sae_in)
+
+        trainer.sae_forward = counted
+        results.append(step_gradients(trainer, token_batch(n_prompts)))
+        assert sizes == ([n_prompts] if most == n_prompts else sae_batches)
+    (big, big_output), (gradients, output) = results
+    assert_same_gradients(gradients, big, rtol=2e-5)
+    torch.testing.assert_close(output.loss, big_output.loss, rtol=1e-5, atol=1e-6)
+
+
 def test_counters_and_schedules_advance_once_per_step_whatever_the_micro_batch():
     config = runner_config(
         "standard", {"l1_warm_up_steps": 10, "l1_coefficient": 0.5}, lr=1.0, lr_warm_up_steps=10,

@@ -19,7 +19,8 @@ FP32_BYTES = 4
 OPAQUE_CHUNK_TENSORS = 6
 """Tensors of a KL chunk's logits where the head is not known to be linear."""
 DENSE_TENSORS = {"standard": 2, "abstopk": 4, "matryoshka_batchtopk": 6}
-"""`[tokens, d_sae]` tensors at the largest moment of an SAE's step, while many features are active."""
+"""`[tokens, d_sae]` tensors at the largest moment of an SAE's step, while many features are active. On a CPU the second of a
+standard SAE is a chunk (`kernels.relu_sae`)."""
 OTHER_DENSE_TENSORS = 8
 """The same of SAELens's own code, which trains the other architectures, and all of them locally."""
 BY_SPARSE_KERNEL = frozenset({"topk", "batchtopk"})
@@ -57,7 +58,7 @@ def step_memory(work: Workload, saved: SavedBytes, on_cpu: bool = True) -> StepM
         on_cpu: memory of the process, libraries included; otherwise of an accelerator.
     """
     model, sae = work.model, work.sae
-    acts = _sae_activations(work)
+    acts = _sae_activations(work, on_cpu)
     block = round(work.micro_prompts * work.context_size * saved.at(work.context_size))
     block_input = work.micro_prompts * work.context_size * model.d_model * model.element_bytes
     residuals = (
@@ -116,13 +117,15 @@ class _SAEActivations:
     """Kept until the step's output is put together."""
 
 
-def _sae_activations(work: Workload) -> _SAEActivations:
+def _sae_activations(work: Workload, on_cpu: bool) -> _SAEActivations:
     sae = work.sae
     n_tokens = work.sae_prompts * work.trained_positions
     dense = n_tokens * sae.d_sae * FP32_BYTES
     if work.has_spliced_pass and sae.architecture in BY_SPARSE_KERNEL and sae.active is not None:
         kept = round(n_tokens * sae.active * ENTRY_BYTES)
         largest = kept + min(dense, CHUNK_ELEMENTS * FP32_BYTES)
+    elif work.has_spliced_pass and sae.architecture == "standard" and on_cpu:
+        kept, largest = dense, dense + min(dense, CHUNK_ELEMENTS * FP32_BYTES)
     else:
         n_dense = DENSE_TENSORS.get(sae.architecture, OTHER_DENSE_TENSORS)
         kept, largest = dense, dense * (n_dense if work.has_spliced_pass else OTHER_DENSE_TENSORS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from e2e_sae_plugin.architectures import TOKEN_SEPARABLE
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.kernels import takes_less_at_once
 from e2e_sae_plugin.kernels.kl import LinearHead
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.splice import SplicedModel
@@ -118,7 +119,9 @@ class Workload:
     @property
     def sae_prompts(self) -> int:
         """Sequences that the SAE runs on at once."""
-        return self.micro_prompts if self.separable and self.has_spliced_pass else self.step_prompts
+        further_tokens = (self.step_prompts - self.micro_prompts) * self.context_size
+        at_once = self.sae.architecture == "standard" and takes_less_at_once(further_tokens, self.sae.d_in)
+        return self.micro_prompts if self.separable and self.has_spliced_pass and not at_once else self.step_prompts
 
 
 def workload_of(

@@ -25,6 +25,12 @@ def training_forward_pass(sae: Any, step_input: TrainStepInput) -> TrainStepOutp
     return None
 
 
+def takes_less_at_once(further_tokens: int, d_in: int) -> bool:
+    """Whether a dense SAE's activations on further tokens (`[further_tokens, d_sae]`) take less memory than a second
+    gradient of W_enc and W_dec (`2 d_in d_sae`), which it takes to run it on them apart."""
+    return 0 < further_tokens <= 2 * d_in
+
+
 def can_be_sparse(sae: Any) -> bool:
     """Whether the memory that a kernel takes for `sae` grows with its active features, where they are few."""
     return relu_sae.can_train(sae) or topk_sae.can_train(sae)
