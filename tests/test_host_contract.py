@@ -60,7 +60,7 @@ FOLLOWED: list[tuple[Callable[..., Any], str, str]] = [
     (
         SAETrainer._train_step,
         "f609adeefc260444d2d9256bf3b6e5346469a9f7b258cb92da2f3bcb1f229bc2",
-        "step.SplicedStepTrainer.step, sae_forward, _clip_gradients and _update",
+        "step.SplicedStepTrainer.step, _clip_gradients and _update; gradient.GradientTrainer.sae_forward",
     ),
     (
         SAETrainer._is_logging_step,
