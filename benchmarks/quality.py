@@ -86,8 +86,9 @@ RUN_HEADER = "| run | tokens | seconds | processor time | CE loss increase | L0 
 
 
 def reached(ours: dict[str, Any], peer: dict[str, Any]) -> bool:
-    """Whether a run of ours costs no more than the peer's of the same seed, both at the L0 that is asked for."""
-    at_l0 = all(abs(found["l0"] - L0) <= L0_TOLERANCE * L0 for found in (ours, peer))
+    """Whether a run of ours, at the L0 that is asked for, costs no more than the peer's of the same seed, at that or more:
+    further features can only be in the peer's favour."""
+    at_l0 = abs(ours["l0"] - L0) <= L0_TOLERANCE * L0 and peer["l0"] >= (1 - L0_TOLERANCE) * L0
     return at_l0 and ours["ce_loss_increase"] <= peer["ce_loss_increase"]
 
 

@@ -80,6 +80,9 @@ def _check_sae(cfg: E2ESAERunnerConfig) -> None:
         value = getattr(sae, field.name)
         if field.name.endswith("coefficient") and isinstance(value, int | float) and not 0 <= value < math.inf:
             raise ValueError(f"sae.{field.name} must be a finite number, 0 or more, got {value!r}.")
+    for name in ("d_in", "d_sae"):
+        if not getattr(sae, name) >= 1:
+            raise ValueError(f"sae.{name} must be at least 1, got {getattr(sae, name)!r}.")
     k = getattr(sae, "k", None)
     if isinstance(k, int | float) and not 0 < k <= sae.d_sae:
         raise ValueError(f"sae.k (active features per token) must be above 0 and at most d_sae={sae.d_sae}, got {k!r}.")
@@ -162,6 +165,16 @@ def _check_adapter(cfg: E2ESAERunnerConfig) -> None:
         )
 
 
+def _check_local_first_ends(cfg: E2ESAERunnerConfig) -> None:
+    step = cfg.step_size_prompts * cfg.training_context_size
+    last_begins = step * (math.ceil(cfg.training_tokens / step) - 1)
+    if last_begins < cfg.local_first * cfg.training_tokens:
+        raise ValueError(
+            f"local_first={cfg.local_first} leaves none of the {last_begins // step + 1} steps ({step:,} tokens each) for "
+            f"the objective. Train on more tokens, or lower local_first; for local training, set objective to 'local'."
+        )
+
+
 def _check_patience(cfg: E2ESAERunnerConfig) -> None:
     if cfg.patience_evaluations is None:
         return
@@ -199,6 +212,7 @@ def check_schedule(cfg: E2ESAERunnerConfig) -> None:
         raise ValueError(
             f"lr_decay_steps={cfg.lr_decay_steps} has nothing to decay from: lr_end is 0. Leave one of them out."
         )
+    _check_local_first_ends(cfg)
     _check_patience(cfg)
     every = cfg.checkpoint_every_minutes
     if every is not None and not 0 < every < math.inf:

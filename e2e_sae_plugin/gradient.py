@@ -72,7 +72,9 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
         By statistics that a checkpoint has, so that a resumed run adds up its gradients in the same order.
         """
-        if not kernels.can_be_sparse(self.sae):
+        with self.autocast_if_enabled:  # under which no kernel stands for the host's code
+            has_kernel = kernels.can_be_sparse(self.sae)
+        if not has_kernel:
             return False  # the host's code makes several `[tokens, d_sae]` tensors
         if self.n_frac_active_samples:
             density = float(self.act_freq_scores.mean()) / self.n_frac_active_samples

@@ -56,7 +56,7 @@ def quick_config(
     Args:
         hook_name: where the SAE sits.
         d_in: dimensions of the activation there.
-        training_tokens: of the whole run.
+        training_tokens: of the whole run: at least ten steps, or no token is left for the end-to-end part.
         d_sae: features; None for 8 x `d_in`.
         k: active features per token.
         context_size: tokens of a sequence, all of which are trained on.
@@ -65,22 +65,26 @@ def quick_config(
             dataset of its own choice), or any of the above to change.
 
     Raises:
-        ValueError: a size is below 1, or the config refuses a value.
+        ValueError: a size is below 1, `d_sae` contradicts `sae`, or the config refuses a value.
     """
     sizes = {"d_in": d_in, "training_tokens": training_tokens, "context_size": context_size}
     for name, value in {**sizes, "d_sae": d_sae, "step_sequences": step_sequences}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
-    d_sae = 8 * d_in if d_sae is None else d_sae
+    sae = overrides.get("sae")
+    if sae is not None and d_sae not in (None, sae.d_sae):
+        raise ValueError(f"d_sae={d_sae} contradicts sae, which has d_sae={sae.d_sae}. Give one of the two.")
+    width: int = sae.d_sae if sae is not None else d_sae or 8 * d_in
     step_tokens = step_sequences * context_size
-    lr = overrides.get("lr", QUICK_LR * (QUICK_D_SAE / d_sae) ** 0.5)
+    lr = overrides.get("lr", QUICK_LR * (QUICK_D_SAE / width) ** 0.5)
     settings: dict[str, Any] = {
         "hook_name": hook_name,
         "context_size": context_size,
         "training_tokens": training_tokens,
         "train_batch_size_tokens": step_tokens,
         "store_batch_size_prompts": step_sequences,
-        "sae": TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k, normalize_activations="expected_average_only_in"),
+        "sae": sae
+        or TopKTrainingSAEConfig(d_in=d_in, d_sae=width, k=k, normalize_activations="expected_average_only_in"),
         "objective": Objective.finetune(),
         "local_first": 0.9,
         "b_dec_init_method": "mean",
@@ -88,7 +92,7 @@ def quick_config(
         "lr": lr,
         "lr_end": lr / 100,
         "lr_scheduler_name": "cosineannealing",
-        "lr_warm_up_steps": min(100, training_tokens // step_tokens // 10),
+        "lr_warm_up_steps": int(min(100, training_tokens // step_tokens // 10)),
     }
     return E2ESAERunnerConfig(**{**settings, **overrides})
 

@@ -116,6 +116,8 @@ def test_defaults_do_not_warn(caplog: pytest.LogCaptureFixture):
         ({"lr": math.nan}, "lr must be a positive finite number, got nan"),
         ({"autocast": "false"}, "autocast must be True or False, got 'false'"),
         ({"sae": {"d_sae": "32"}}, "sae.d_sae must be a whole number, got '32'"),
+        ({"sae": {"d_sae": -5}}, "sae.d_sae must be at least 1, got -5"),
+        ({"sae": {"d_in": 0}}, "sae.d_in must be at least 1, got 0"),
         ({"sae": {"l1_coefficient": math.nan}}, "sae.l1_coefficient must be a finite number, 0 or more, got nan"),
         ({"sae": {"l1_coefficient": -1.0}}, "sae.l1_coefficient must be a finite number, 0 or more, got -1.0"),
         ({"architecture": "topk", "sae": {"k": 0}}, r"sae.k \(active features per token\) must be above 0.*got 0"),

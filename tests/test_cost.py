@@ -445,3 +445,11 @@ def test_free_memory_is_the_machines_within_the_containers_limit(tmp_path: Path,
     monkeypatch.setattr(advice_module, "_free_of_container", lambda: 3)
     assert available_memory("cpu") == 3
     assert available_memory("mps") is None
+
+
+def test_under_autocast_the_hosts_own_code_is_counted():
+    plain = changed(gpt2_small(), separable=False, sae={"architecture": "topk", "active": 40.0})
+    autocast = changed(plain, autocasts_sae=True)
+    assert step_memory(autocast, SAVED).parts["SAE activations"] == 8 * 2048 * 46080 * 4
+    assert step_memory(autocast, SAVED).peak_bytes > step_memory(plain, SAVED).peak_bytes
+    assert changed(gpt2_small(), autocasts_sae=True).sae_prompts == 4

@@ -252,3 +252,21 @@ def test_time_by_hand():
 )
 def test_durations(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+def test_a_dictionary_beyond_all_memory_is_counted_without_making_it(
+    tmp_path: Path, content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    content["sae"]["d_sae"] = 10**9
+    assert main(["estimate", "--config", str(write(tmp_path, content)), "--no-measure"]) == 0
+    text = capsys.readouterr().out
+    assert "128 x 1,000,000,000" in text
+    assert "IT DOES NOT FIT" in text
+
+
+def test_what_is_approximated_of_the_kl_is_said_not_to_be_counted(
+    tmp_path: Path, content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    content["objective"] = {"kl": 1.0, "kl_positions": 0.25}
+    assert main(["estimate", "--config", str(write(tmp_path, content)), "--no-measure"]) == 0
+    assert "KL on 25 % of the positions, drawn at each step: not counted below" in capsys.readouterr().out

@@ -200,3 +200,25 @@ def test_what_a_hook_took_of_a_gelus_input_is_not_overwritten(model: Any, hook_n
         activations.append(spliced_model.clean_pass(token_batch(2)).activation)
     torch.testing.assert_close(activations[1], activations[0], rtol=1e-4, atol=1e-4)
     assert activations[0].min() < -0.5  # no GELU reaches that
+
+
+def test_a_pre_hook_keeps_what_it_is_handed():
+    model = tiny_hooked_transformer(act_fn="gelu_new")
+    kept: list[tuple[Tensor, Tensor]] = []
+    hook_pre: Any = model.blocks[2].mlp.hook_pre
+    handle = hook_pre.register_forward_pre_hook(lambda _, args: kept.append((args[0], args[0].clone())))
+    splice_into(model, "blocks.1.hook_resid_pre", needs_downstream=False).clean_pass(token_batch(2))
+    handle.remove()
+    assert kept
+    assert all(torch.equal(tensor, copied) for tensor, copied in kept)
+
+
+def test_a_users_hook_may_write_in_place():
+    model: Any = tiny_hooked_transformer()
+    model.add_perma_hook("blocks.2.attn.hook_z", lambda value, hook: value.mul_(0.9))  # noqa: ARG005
+    spliced_model = splice_into(model, "blocks.1.hook_resid_pre", needs_downstream=False)
+    spliced_model.check()
+    own = hidden_and_gradient(spliced_model, token_batch(3), native=False)
+    native = hidden_and_gradient(spliced_model, token_batch(3), native=True)
+    for ours, expected in zip(native, own, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)

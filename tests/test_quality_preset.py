@@ -86,3 +86,18 @@ def test_ten_steps_of_it_run_on_the_bundled_model_and_stock_sae_lens_loads_the_r
     sae = SAE.load_from_disk(cfg.output_path or "")
     assert sae.cfg.architecture() == "topk"
     assert sae.cfg.metadata.local_first == 0.9
+
+
+def test_fewer_steps_than_leave_an_end_to_end_one_are_refused():
+    quick_config(HOOK, 128, 5120, **QUIET)
+    with pytest.raises(ValueError, match=r"local_first=0.9 leaves none of the 9 steps \(512 tokens each\)"):
+        quick_config(HOOK, 128, 9 * 512, **QUIET)
+
+
+def test_an_sae_of_the_users_own_decides_the_rate_and_contradicts_no_d_sae():
+    sae = TopKTrainingSAEConfig(d_in=128, d_sae=4096, k=20)
+    cfg = quick_config(HOOK, 128, 102_400, sae=sae, **QUIET)
+    assert cfg.sae == sae
+    assert cfg.lr == pytest.approx(5e-3)
+    with pytest.raises(ValueError, match="d_sae=64 contradicts sae, which has d_sae=4096"):
+        quick_config(HOOK, 128, 102_400, d_sae=64, sae=sae, **QUIET)

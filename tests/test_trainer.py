@@ -615,6 +615,13 @@ def test_a_dense_sae_runs_in_micro_batches_where_their_gradients_take_less_memor
     torch.testing.assert_close(output.loss, big_output.loss, rtol=1e-5, atol=1e-6)
 
 
+def test_under_autocast_the_hosts_code_runs_in_micro_batches():
+    trainer = build_trainer(runner_config(store_batch_size_prompts=2, autocast=True))
+    assert [len(part) for part in trainer._sae_batches(token_batch(4))] == [2, 2]
+    trainer = build_trainer(runner_config(store_batch_size_prompts=2))
+    assert [len(part) for part in trainer._sae_batches(token_batch(4))] == [4]
+
+
 def test_counters_and_schedules_advance_once_per_step_whatever_the_micro_batch():
     config = runner_config(
         "standard", {"l1_warm_up_steps": 10, "l1_coefficient": 0.5}, lr=1.0, lr_warm_up_steps=10,

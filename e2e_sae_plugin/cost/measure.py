@@ -93,7 +93,8 @@ def build_parts(cfg: E2ESAERunnerConfig, on_device: bool = True) -> RunParts:
     if not on_device:
         cfg.device = cfg.llm_device = "cpu"
         cfg.sae = copy.copy(cfg.sae)
-        cfg.sae.device = "cpu"
+        # Sizes without memory: a dictionary may be counted that this machine has no room for.
+        cfg.sae.device = "cpu" if cfg.from_pretrained_path else "meta"
     device = cfg.llm_device or str(cfg.device)
     model = bundled_model(cfg.model_name, device)
     if model is None:

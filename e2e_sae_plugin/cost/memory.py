@@ -121,14 +121,14 @@ def _sae_activations(work: Workload, on_cpu: bool) -> _SAEActivations:
     sae = work.sae
     n_tokens = work.sae_prompts * work.trained_positions
     dense = n_tokens * sae.d_sae * FP32_BYTES
-    if work.has_spliced_pass and sae.architecture in BY_SPARSE_KERNEL and sae.active is not None:
+    if work.has_kernels and sae.architecture in BY_SPARSE_KERNEL and sae.active is not None:
         kept = round(n_tokens * sae.active * ENTRY_BYTES)
         largest = kept + min(dense, CHUNK_ELEMENTS * FP32_BYTES)
-    elif work.has_spliced_pass and sae.architecture == "standard" and on_cpu:
+    elif work.has_kernels and sae.architecture == "standard" and on_cpu:
         kept, largest = dense, dense + min(dense, CHUNK_ELEMENTS * FP32_BYTES)
     else:
         n_dense = DENSE_TENSORS.get(sae.architecture, OTHER_DENSE_TENSORS)
-        kept, largest = dense, dense * (n_dense if work.has_spliced_pass else OTHER_DENSE_TENSORS)
+        kept, largest = dense, dense * (n_dense if work.has_kernels else OTHER_DENSE_TENSORS)
     n_earlier = work.step_prompts // work.sae_prompts - 1
     return _SAEActivations(kept, largest, n_earlier * kept)
 

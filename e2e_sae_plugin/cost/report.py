@@ -19,6 +19,7 @@ def report(estimate: Estimate) -> str:
         f"{cfg.training_tokens:,} tokens of {cfg.model_name}, SAE of {work.sae.d_in} x {work.sae.d_sae:,} "
         f"({work.sae.architecture}) at {cfg.hook_name}, objective {cfg.objective.kind}",
         f"steps of {work.tokens_per_step:,} tokens, {work.micro_prompts * work.context_size:,} through the model at once",
+        *(f"{said}: not counted below, but in the measured time" for said in cfg.objective.approximations),
         "",
         *_flops_lines(estimate),
         "",

@@ -100,6 +100,8 @@ class Workload:
     clips: bool = True
     recomputes_blocks: bool = False
     """Of a block, the spliced pass keeps its input alone (`checkpoint_blocks`)."""
+    autocasts_sae: bool = False
+    """SAELens's own code trains the SAE (`autocast`)."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -117,10 +119,16 @@ class Workload:
         return self.has_kl or self.n_downstream > 0
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether this package's kernels may train the SAE."""
+        return self.has_spliced_pass and not self.autocasts_sae
+
+    @property
     def sae_prompts(self) -> int:
         """Sequences that the SAE runs on at once."""
         further_tokens = (self.step_prompts - self.micro_prompts) * self.context_size
-        at_once = self.sae.architecture == "standard" and takes_less_at_once(further_tokens, self.sae.d_in)
+        at_once = self.has_kernels and self.sae.architecture == "standard"
+        at_once = at_once and takes_less_at_once(further_tokens, self.sae.d_in)
         return self.micro_prompts if self.separable and self.has_spliced_pass and not at_once else self.step_prompts
 
 
@@ -155,6 +163,7 @@ def workload_of(
         separable=sae.cfg.architecture() in TOKEN_SEPARABLE and not objective.balance_kl,
         clips=cfg.max_grad_norm is not None,
         recomputes_blocks=cfg.checkpoint_blocks,
+        autocasts_sae=bool(cfg.autocast),
     )
 
 

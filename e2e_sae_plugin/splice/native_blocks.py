@@ -143,7 +143,9 @@ class NativeBlock:
             scale=1 / attn.attn_scale,
             enable_gqa=n_kv_heads != n_heads,
         )
-        z = attn.hook_z(z.transpose(1, 2))
+        z = z.transpose(1, 2)
+        # The kernel keeps its result for backward, so a hook that writes in place gets a copy.
+        z = attn.hook_z(z.clone() if _has_hooks(attn.hook_z) else z)
         return F.linear(z.flatten(2), attn.W_O.flatten(0, 1).T, attn.b_O)
 
     def _rotated(self, x: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ def normalised(norm: Any, x: Tensor) -> Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._backward_hooks for part in module.modules())
+    return any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in module.modules())
 
 
 def activated(act_fn: Callable[[Tensor], Tensor], x: Tensor, hook_point: nn.Module) -> Tensor:
