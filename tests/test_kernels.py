@@ -65,9 +65,11 @@ def values_and_gradients(sae: Any, forward: Any, upstream: bool, own: bool) -> t
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in"])
 @pytest.mark.parametrize("b_dec_on_input", [False, True])
 @pytest.mark.parametrize(("upstream", "own"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("tile", [2048, 5, 1])
 def test_relu_sae_equals_the_hosts_forward_and_backward(
-    normalize: str, b_dec_on_input: bool, upstream: bool, own: bool
+    normalize: str, b_dec_on_input: bool, upstream: bool, own: bool, tile: int, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(relu_sae, "TILE_FEATURES", tile)
     sae = standard_sae(normalize_activations=normalize, apply_b_dec_to_input=b_dec_on_input)
     other = copy.deepcopy(sae)
     assert relu_sae.can_train(sae)
@@ -84,14 +86,20 @@ def test_relu_sae_equals_the_hosts_forward_and_backward(
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_relu_sae_passes_the_numerical_gradient_check():
+@pytest.mark.parametrize("tile", [2048, 4])
+@pytest.mark.parametrize("n_known", [None, 0, 3, 7])
+def test_relu_sae_passes_the_numerical_gradient_check(tile: int, n_known: int | None, monkeypatch: pytest.MonkeyPatch):
+    """However many tokens' pre-activations are known already."""
+    monkeypatch.setattr(relu_sae, "TILE_FEATURES", tile)
     generator = torch.Generator().manual_seed(0)
     shapes = ((7, 4), (4, 9), (9,), (9, 4), (4,))
     x, *parameters = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     leaves = [p.requires_grad_() for p in parameters]
 
     def differentiable(*leaves: Tensor) -> Any:
-        sae_out, _, weighted = relu_sae._ReLUSAE.apply(x, *leaves, False)  # pyright: ignore[reportGeneralTypeIssues]
+        W_enc, b_enc = (leaf.detach() for leaf in leaves[:2])
+        first = None if n_known is None else torch.addmm(b_enc, x[:n_known], W_enc)
+        sae_out, _, weighted = relu_sae._ReLUSAE.apply(x, *leaves, False, first)  # pyright: ignore[reportGeneralTypeIssues]
         return sae_out, weighted
 
     torch.autograd.gradcheck(differentiable, leaves)
