@@ -126,7 +126,7 @@ def measure(
         spliced = splice(model, micro, sae_out, head_index=head_index, hidden=True)
         sequence = sequence_of(micro)
         sums.add_sae(sae_in.to(sae_out.device), feature_acts, sae_out, sequence, len(chunk))
-        _add_outputs(sums, model, micro, spliced, sequence)
+        add_outputs(sums, model, micro, spliced, sequence)
         for hook in model.downstream_hooks:
             sums.add(f"downstream/{hook}", downstream_errors(micro, spliced, hook), sequence, len(chunk))
     if not float(sums.total("n_predicted").sum()):
@@ -143,7 +143,7 @@ def measure(
     )
 
 
-def _add_outputs(
+def add_outputs(
     sums: SequenceSums, model: SplicedModel, micro: MicroBatch, spliced: SplicedPass, sequence: Tensor
 ) -> None:
     """KL and both cross-entropies over the trained tokens, a chunk of logits at a time."""

@@ -262,6 +262,18 @@ def _check_repository_name(name: str) -> None:
         )
 
 
+def pretrained_ids(repo_id: str, revision: str | None = None, token: Token = None) -> list[str]:
+    """The ids of a repository's SAEs in SAELens's format.
+
+    Raises:
+        ValueError: no repository's name.
+        HubError: the repository or revision is not there, or the Hub cannot be reached.
+    """
+    name, revision = _with_revision(repo_id, revision)
+    _check_repository_name(name)
+    return _sae_ids(resolve(name, revision, token=token, doing=f"list the SAEs of {name}"), token)
+
+
 def _sae_ids(resolved: Resolved, token: Token) -> list[str]:
     """The folders of a repository that hold an SAE in SAELens's format; `"."` is the repository itself."""
     files = set(list_files(resolved, token=token))

@@ -15,9 +15,10 @@ def training_forward_pass(sae: Any, step_input: TrainStepInput) -> TrainStepOutp
     Its `feature_acts` has no gradient, and is a sparse COO tensor where few features are active; `hidden_pre` is empty.
 
     Returns:
-        None where no kernel stands for the SAE's own: another architecture, hooks, autocast, `compile_sae`, input not 2-D.
+        None where no kernel stands for the SAE's own: another architecture, hooks, autocast, `compile_sae`, input not 2-D,
+        or input that has a gradient, as that of an SAE behind another one.
     """
-    if step_input.sae_in.ndim != 2:
+    if step_input.sae_in.ndim != 2 or step_input.sae_in.requires_grad:
         return None
     for kernel in (relu_sae, topk_sae):
         if kernel.can_train(sae):

@@ -178,16 +178,23 @@ class SplicedModel(ABC):
 
     @shape_checked
     def spliced_pass(
-        self, clean: CleanPass, activation: Float[Tensor, "batch pos *d"], *, hidden: bool = True
+        self,
+        clean: CleanPass,
+        activation: Float[Tensor, "batch pos *d"],
+        *,
+        hidden: bool = True,
+        later: Mapping[str, HookFunction] | None = None,
     ) -> SplicedPass:
         """Run the model from the SAE's block on, with `activation` in the place of `clean.activation`.
 
         Args:
             activation: same shape, dtype and device as `clean.activation`; gradients flow back to it.
             hidden: run to the final hidden state. False stops after the last downstream hook.
+            later: by hook, what the activation there is replaced with: further SAEs. A downstream activation at the same
+                hook is the one that they get. The pass then goes to the final hidden state.
         """
         caught: dict[str, Tensor] = {}
-        wanted = None if hidden else self.downstream_hooks
+        wanted = None if hidden or later else self.downstream_hooks
         functions = {name: _catcher(caught, name, wanted) for name in self.downstream_hooks}
         # The same hooks, so that the same code runs; but a recomputed value belongs to no graph, and is not to be caught.
         functions_again: dict[str, HookFunction] = dict.fromkeys(self.downstream_hooks, _ignore)
@@ -196,6 +203,8 @@ class SplicedModel(ABC):
         else:
             start = clean.block_input
             functions[self.position.hook_name] = functions_again[self.position.hook_name] = lambda _: activation
+        for name, function in (later or {}).items():
+            functions[name] = _both(functions[name], function) if name in functions else function
         recompute = None
         if self.recomputes_blocks and torch.is_grad_enabled():
             recompute = Recompute(lambda: self._hooked(functions_again))
@@ -258,6 +267,16 @@ def clean_passes(
 
 def _ignore(activation: Tensor) -> None:
     """Hook function that leaves the activation as it is."""
+
+
+def _both(first: HookFunction, second: HookFunction) -> HookFunction:
+    """The first only looks."""
+
+    def both(activation: Tensor) -> Tensor | None:
+        first(activation)
+        return second(activation)
+
+    return both
 
 
 def _catcher(caught: dict[str, Tensor], name: str, stop_once_caught: Sequence[str] | None) -> HookFunction:

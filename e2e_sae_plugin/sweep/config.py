@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, read_yaml, require_known_keys
 from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.sweep.shared_settings import shared_settings
 
 SPARSITY_FIELD = {
     "standard": "l1_coefficient",
@@ -66,6 +67,34 @@ class SweepMember:
     config: E2ESAERunnerConfig
 
 
+class SideBySide(Protocol):
+    """What says which SAEs are trained side by side, and where they go: `SweepConfig`, for one."""
+
+    @property
+    def output_path(self) -> str | Path:
+        """Gets one folder for each."""
+        ...
+
+    @property
+    def checkpoint_path(self) -> str | Path | None:
+        """Gets the checkpoints of all."""
+        ...
+
+    @property
+    def checkpoint_every_minutes(self) -> float | None:
+        """None for none by the clock."""
+        ...
+
+    @property
+    def verbose(self) -> bool:
+        """Whether to show progress."""
+        ...
+
+    def members(self) -> dict[str, SweepMember]:
+        """The SAEs by name."""
+        ...
+
+
 @dataclass(frozen=True)
 class SweepConfig:
     """A grid of SAEs that are trained side by side, on one stream of tokens with one clean pass per batch.
@@ -117,42 +146,9 @@ class SweepConfig:
 
     def _checked_base(self) -> dict[str, Any]:
         """The base as a dict of its own, without what the sweep says for each SAE."""
-        base = self.base.to_dict() if isinstance(self.base, E2ESAERunnerConfig) else dict(self.base)
-        for name in ("checkpoint_path", "output_path", "sae_lens_version"):
-            base.pop(name, None)
-        require_known_keys(base, {f.name for f in fields(E2ESAERunnerConfig)}, "base")
-        base = read_numbers(base, E2ESAERunnerConfig, "base")
-        for name in ("sae", "logger"):
-            if not isinstance(base.get(name) or {}, Mapping):
-                raise ValueError(f"base.{name} must be a mapping, got {base[name]!r}.")
-        base["logger"] = {"log_to_wandb": False, **(base.get("logger") or {})}  # the host's default is True
-        if base["logger"]["log_to_wandb"]:
-            raise ValueError(
-                "base.logger.log_to_wandb=True is refused in a sweep: its SAEs would write into one run of Weights & "
-                "Biases. Each of them writes metrics.jsonl into its folder; set log_to_wandb to False."
-            )
+        base = shared_settings(self.base, prefix="base.", what="a sweep")
         if isinstance(self.base, Mapping):  # of a config, whose fields all have a value, nothing is known to be meant
             self._refuse_what_the_grid_sets(base)
-        for name in ("resume_from_checkpoint", "adapter", "from_pretrained_path"):
-            if base.get(name) not in (None, "none"):
-                raise ValueError(f"base.{name}={base[name]!r} is refused in a sweep, which trains new SAEs.")
-        for name in ("push_to_hub", "hub_private", "hub_revision", "hub_sae_id", "hub_checkpoints"):
-            if base.get(name) not in (None, False):
-                raise ValueError(
-                    f"base.{name}={base[name]!r} is refused in a sweep, whose SAEs would each make a commit. Share all "
-                    "of them in one when it is done: e2e-sae push OWNER/NAME SWEEP_FOLDER."
-                )
-        for name in ("n_checkpoints", "save_final_checkpoint", "keep_checkpoints"):
-            if base.get(name) not in (None, getattr(E2ESAERunnerConfig, name)):
-                raise ValueError(
-                    f"base.{name}={base[name]!r} has no effect in a sweep, whose checkpoints are written for all its SAEs "
-                    "at once, by the clock (checkpoint_every_minutes). Leave it out."
-                )
-        every = base.get("checkpoint_every_minutes")
-        if every is not None and (isinstance(every, bool) or not 0 < every < math.inf):
-            raise ValueError(
-                f"base.checkpoint_every_minutes must be a finite number above 0, or None for none, got {every!r}."
-            )
         return base
 
     def _refuse_what_the_grid_sets(self, base: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from e2e_sae_plugin.output_folder import holds_another_run, is_finished, output_
 from e2e_sae_plugin.seekable_store import RowPosition
 from e2e_sae_plugin.splice.shared import SharedCleanPasses
 from e2e_sae_plugin.sweep.checkpoints import SweepCheckpoints
-from e2e_sae_plugin.sweep.config import SweepConfig, SweepMember
+from e2e_sae_plugin.sweep.config import SideBySide, SweepMember
 from e2e_sae_plugin.sweep.member import FAILURE_FILENAME, MemberRunner
 from e2e_sae_plugin.sweep.stream import SharedBatches
 from e2e_sae_plugin.sweep.summary import write_summary
@@ -53,9 +53,11 @@ class SweepRunner:
         ValueError: `part` is out of range, or another run lies where an SAE would go.
     """
 
+    member_class: type[MemberRunner] = MemberRunner
+
     def __init__(
         self,
-        cfg: SweepConfig,
+        cfg: SideBySide,
         override_model: Any = None,
         override_dataset: Any = None,
         part: tuple[int, int] = (1, 1),
@@ -84,9 +86,7 @@ class SweepRunner:
             SweepFailed: all of them failed.
             RunInterrupted: a signal came; the sweep was saved first.
         """
-        waiting = {name: member for name, member in self.members.items() if not self._is_finished(member)}
-        for name, member in waiting.items():
-            self._refuse_another_run(name, member)
+        waiting = self._waiting()
         if waiting:
             folders = [Path(str(member.config.output_path)) for member in waiting.values()]
             if self.checkpoints is not None:
@@ -96,10 +96,10 @@ class SweepRunner:
             with locked(*folders), stop_on_signals() as stop_request:
                 self._train(waiting, stop_request)
             if stop_request.signal_number is not None:  # it came when the last step was done
-                write_summary(self.cfg)
+                self._write_summary()
                 logger.warning("The sweep had ended when the signal came; there is nothing to resume.")
                 raise run_interrupted(stop_request.signal_number, None)
-        write_summary(self.cfg)
+        self._write_summary()
         if all(status == "failed" for status in self.statuses.values()):
             raise SweepFailed(
                 f"All {len(self.members)} SAEs of the sweep failed: {self._failure(next(iter(self.members)))}"
@@ -112,6 +112,13 @@ class SweepRunner:
         }
 
     # Which of them are to be trained.
+
+    def _waiting(self) -> dict[str, SweepMember]:
+        """Those that are not finished, none of whose folders holds another run."""
+        waiting = {name: member for name, member in self.members.items() if not self._is_finished(member)}
+        for name, member in waiting.items():
+            self._refuse_another_run(name, member)
+        return waiting
 
     def _is_finished(self, member: SweepMember) -> bool:
         cfg = member.config
@@ -201,10 +208,10 @@ class SweepRunner:
             if self.checkpoints is not None and name in resumed:
                 checkpoint = self.checkpoints.of(name).path / resumed[name]["checkpoint"]
             if first is None:
-                runners[name] = first = MemberRunner(member, self._model, self._dataset, None, checkpoint)
+                runners[name] = first = self.member_class(member, self._model, self._dataset, None, checkpoint)
                 self._model, position = first.model, first.tokens.store.position()
             else:
-                runners[name] = MemberRunner(
+                runners[name] = self.member_class(
                     member, first.model, first.activations_store.dataset, first.evaluation_tokens, checkpoint
                 )
         assert first is not None
@@ -235,8 +242,7 @@ class SweepRunner:
                 place = min(runner.place for runner in training.values())
                 batch = batches.batch(place)
                 with shared.over(batch):
-                    for name in [name for name, runner in training.items() if runner.place == place]:
-                        self._attempt(batches, training, name, "advance")
+                    self._advance(batches, training, place)
                 batches.forget_what_all_have_read()
                 round_number += 1
                 self._show(bar, runners, training)
@@ -245,6 +251,11 @@ class SweepRunner:
                 if every is not None and time.monotonic() - last_saved >= 60 * every:
                     self._save(batches, training, round_number)
                     last_saved = time.monotonic()
+
+    def _advance(self, batches: SharedBatches, training: dict[str, MemberRunner], place: int) -> None:
+        """A step of each SAE that is at this place of the stream."""
+        for name in [name for name, runner in training.items() if runner.place == place]:
+            self._attempt(batches, training, name, "advance")
 
     def _attempt(self, batches: SharedBatches, training: dict[str, MemberRunner], name: str, what: str) -> None:
         """Begin or advance one SAE, and finish it where that was its last step."""
@@ -266,7 +277,7 @@ class SweepRunner:
             assert runner.reader is not None
             batches.leave(runner.reader)
             del training[name]
-            write_summary(self.cfg)
+            self._write_summary()
 
     def _show(self, bar: Any, runners: dict[str, MemberRunner], training: dict[str, MemberRunner]) -> None:
         done = sum(
@@ -311,6 +322,10 @@ class SweepRunner:
         raise run_interrupted(request.signal_number, checkpoint)
 
     # What is left behind.
+
+    def _write_summary(self) -> None:
+        """What is known of all SAEs so far, beside their folders."""
+        write_summary(self.cfg)
 
     def _failure(self, name: str) -> str:
         path = Path(str(self.members[name].config.output_path)) / FAILURE_FILENAME

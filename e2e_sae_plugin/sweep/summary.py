@@ -11,14 +11,14 @@ from typing import Any
 from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.metrics_log import METRICS_FILENAME
 from e2e_sae_plugin.output_folder import is_finished
-from e2e_sae_plugin.sweep.config import SweepConfig
+from e2e_sae_plugin.sweep.config import SideBySide
 from e2e_sae_plugin.sweep.member import FAILURE_FILENAME
 
 SUMMARY_FILENAME = "sweep.csv"
 COLUMNS = ("ce_loss_increase", "held_out_kl", "held_out_l0", "held_out_explained_variance")
 
 
-def write_summary(cfg: SweepConfig) -> None:
+def write_summary(cfg: SideBySide) -> None:
     """Write it anew, from what lies in the SAEs' folders.
 
     Raises:

@@ -1,0 +1,128 @@
+"""`MultiE2ESAETrainingRunner`: several SAEs in one run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+
+from e2e_sae_plugin.checkpoint.folder import write_whole
+from e2e_sae_plugin.joint.config import MultiE2ESAERunnerConfig
+from e2e_sae_plugin.joint.joint_run import JointRun
+from e2e_sae_plugin.joint.sae_set import SAESet, load_sae_set, write_manifest
+from e2e_sae_plugin.splice import splice_into
+from e2e_sae_plugin.splice.joint import in_execution_order
+from e2e_sae_plugin.sweep.runner import SweepRunner
+
+logger = logging.getLogger(__name__)
+
+RUN_FILENAME = "multi_runner_cfg.json"
+
+
+class MultiE2ESAETrainingRunner:
+    """Trains several SAEs in one run, in the place of SAELens's `MultiSAETrainingRunner`.
+
+    Interrupted, run the same again: it goes on where it stood. What is finished stays finished.
+
+    Args:
+        cfg: the run.
+        override_model: as in `E2ESAETrainingRunner`.
+        override_dataset: as in `E2ESAETrainingRunner`.
+
+    Raises:
+        ValueError: the config does not fit the model or the data, SAEs overlap at one hook, or another run lies in
+            `output_path`.
+    """
+
+    def __init__(self, cfg: MultiE2ESAERunnerConfig, override_model: Any = None, override_dataset: Any = None):
+        self.cfg, self._model, self._dataset = cfg, override_model, override_dataset
+
+    def run(self) -> SAESet:
+        """Train what is not finished; the set of all SAEs, in the model's order, on the CPU.
+
+        Raises:
+            NonFiniteError: too many steps in a row were not finite; the SAEs as they were before are in a checkpoint.
+            RunInterrupted: a signal came; the run was saved first.
+        """
+        self._claim_output()
+        if self.cfg.mode == "independent":
+            trained = self._independent()
+        elif self.cfg.mode == "joint":
+            trained = self._joint(self.cfg)
+        else:
+            trained = self._greedy()
+        return trained
+
+    def _joint(self, cfg: MultiE2ESAERunnerConfig) -> SAESet:
+        JointRun(cfg, self._model, self._dataset).run()
+        return load_sae_set(cfg.output_path)
+
+    def _greedy(self) -> SAESet:
+        """One joint run for each SAE, with those before it frozen."""
+        run: JointRun | None = None
+        done: dict[str, str] = {}
+        for name in self._order():
+            stage = self.cfg.stage(name, done)
+            run = JointRun(stage, self._model, self._dataset)
+            run.run()
+            self._model, self._dataset = run.model or self._model, run.dataset or self._dataset
+            done[name] = str(Path(self.cfg.output_path) / name)
+        return load_sae_set(self.cfg.output_path)
+
+    def _order(self) -> list[str]:
+        """The SAEs to train, as the model reaches them."""
+        if self._model is None:
+            first = next(iter(self.cfg.members().values())).config
+            from e2e_sae_plugin.build import load_model_for
+            from e2e_sae_plugin.demo.bundled import bundled_model
+
+            self._model = bundled_model(first.model_name, first.llm_device or str(first.device)) or load_model_for(first)
+        hooks = self.cfg.hook_names
+        splices = {name: splice_into(self._model, hook, needs_downstream=False) for name, hook in hooks.items()}
+        return in_execution_order(splices)
+
+    def _independent(self) -> SAESet:
+        saes = SweepRunner(self.cfg, self._model, self._dataset).run()
+        failed = [name for name, sae in saes.items() if sae is None]
+        if failed:
+            raise OSError(f"{len(failed)} SAEs failed, see failed.json in their folders: {', '.join(failed)}.")
+        trained: dict[str, SAE[Any]] = {name: sae for name, sae in saes.items() if sae is not None}
+        hooks = {name: str(sae.cfg.metadata.hook_name) for name, sae in trained.items()}
+        write_manifest(Path(self.cfg.output_path), list(trained), hooks, {"mode": self.cfg.mode})
+        return load_sae_set(self.cfg.output_path)
+
+    def _claim_output(self) -> None:
+        """Say whose folder it is; the SAEs' own configs do not know of each other.
+
+        Raises:
+            ValueError: another run of several SAEs lies there.
+        """
+        output = Path(self.cfg.output_path)
+        path = output / RUN_FILENAME
+        ours = json.loads(json.dumps(self.cfg.to_dict(), default=str))
+        if path.is_file() and not self.cfg.shared.get("overwrite_output"):
+            differences = _differences(json.loads(path.read_text()), ours)
+            if differences:
+                listed = "\n  ".join(differences)
+                raise ValueError(
+                    f"output_path={str(output)!r} holds another run of several SAEs. It differs in:\n  {listed}\nChoose "
+                    "another output_path, or set overwrite_output=True."
+                )
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(ours, indent=2) + "\n")
+
+
+_MAY_DIFFER = frozenset({"verbose", "checkpoint_every_minutes", "checkpoint_path", "device", "llm_device", "logger"})
+"""What does not change what is trained."""
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted({*theirs, *ours} - _MAY_DIFFER)
+        if theirs.get(key) != ours.get(key)
+    ]
