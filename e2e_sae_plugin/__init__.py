@@ -16,6 +16,10 @@ from e2e_sae_plugin.hub.load import load_pretrained as load_pretrained
 from e2e_sae_plugin.hub.published import list_pretrained as list_pretrained
 from e2e_sae_plugin.hub.upload import push_to_hub as push_to_hub
 from e2e_sae_plugin.interruption import RunInterrupted as RunInterrupted
+from e2e_sae_plugin.joint import MultiE2ESAERunnerConfig as MultiE2ESAERunnerConfig
+from e2e_sae_plugin.joint import MultiE2ESAETrainingRunner as MultiE2ESAETrainingRunner
+from e2e_sae_plugin.joint import SAESet as SAESet
+from e2e_sae_plugin.joint import load_sae_set as load_sae_set
 from e2e_sae_plugin.objective import Objective as Objective
 from e2e_sae_plugin.presets import paper_config as paper_config
 from e2e_sae_plugin.runner import E2ESAETrainingRunner as E2ESAETrainingRunner

@@ -26,6 +26,7 @@ from e2e_sae_plugin.finetune.command import finetune
 from e2e_sae_plugin.hub.pretrained_command import pretrained_command
 from e2e_sae_plugin.hub.push_command import push_command
 from e2e_sae_plugin.interruption import RunInterrupted
+from e2e_sae_plugin.joint import MultiE2ESAERunnerConfig, MultiE2ESAETrainingRunner
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
 from e2e_sae_plugin.sweep.command import sweep
@@ -91,8 +92,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train from flags or from a YAML file."""
-    E2ESAETrainingRunner(parse_train_config(argv)).run()
+    """Train from flags or from a YAML file: one SAE, or with `saes` in the file several."""
+    several = _config_of_several(argv)
+    if several is not None:
+        MultiE2ESAETrainingRunner(several).run()
+    else:
+        E2ESAETrainingRunner(parse_train_config(argv)).run()
+
+
+def _config_of_several(argv: Sequence[str]) -> MultiE2ESAERunnerConfig | None:
+    """The config of a file that names several SAEs; None for one SAE.
+
+    Raises:
+        ValueError: other flags beside it, or what the config refuses.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    chosen, flags = files.parse_known_args(list(argv))
+    if chosen.config is None or "saes" not in (content := read_yaml(chosen.config)):
+        return None
+    if flags:
+        raise ValueError(
+            f"--config names several SAEs and holds every setting, so it takes no other flags; got {' '.join(flags)}. "
+            "Interrupted, run the same command again: it goes on where it stood."
+        )
+    return MultiE2ESAERunnerConfig.from_dict(content)
 
 
 def parse_train_config(argv: Sequence[str]) -> E2ESAERunnerConfig:
@@ -140,7 +164,7 @@ def _config_from_flags(flags: Sequence[str]) -> E2ESAERunnerConfig:
     parser = _TrainParser(
         prog="e2e-sae train",
         description="Train an SAE end to end. Settings come from these flags, or all of them from --config FILE (YAML). "
-        "--resume DIR (or auto) goes on from a checkpoint, with either.",
+        "--resume DIR (or auto) goes on from a checkpoint, with either. A file with `saes` trains several SAEs in one run.",
     )
     parser.add_arguments(command_line_class, dest="cfg")
     config: E2ESAERunnerConfig = parser.parse_args(list(flags)).cfg

@@ -7,11 +7,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from e2e_sae_plugin.checkpoint.folder import whole_files
+from e2e_sae_plugin.checkpoint.folder import whole_files, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class MetricsLog:
         content = self.path.read_bytes() if self.path.exists() else b""
         kept = content[: state["n_bytes"]]
         if len(kept) < state["n_bytes"] or not kept.endswith(state["last_line"].encode()):
-            kept = b"".join(_lines_until(content, n_training_samples))
+            kept = b"".join(_lines_where(content, lambda line: line["n_training_samples"] <= n_training_samples))
             logger.warning(
                 "%s is not what it was at the checkpoint; it goes on after %d whole lines of steps until then.",
                 self.path, kept.count(b"\n"),
@@ -105,11 +105,22 @@ class MetricsLog:
         self._n_bytes, self._pending = len(kept), state["pending"]
         self._last_line = kept[kept.rfind(b"\n", 0, -1) + 1 :].decode()
 
+    def keep_lines(self, holds: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep the lines of which that holds, of a log that no checkpoint says more about."""
+        if self.path is None or not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        kept = b"".join(_lines_where(content, holds))
+        if kept != content:
+            write_whole(self.path, kept.decode())
+        self._n_bytes = len(kept)
 
-def _lines_until(content: bytes, n_training_samples: int) -> Iterator[bytes]:
+
+def _lines_where(content: bytes, holds: Callable[[dict[str, Any]], bool]) -> Iterator[bytes]:
+    """The whole lines that can be read, and of which that holds."""
     for line in content.splitlines(keepends=True):
         try:
-            if line.endswith(b"\n") and json.loads(line)["n_training_samples"] <= n_training_samples:
+            if line.endswith(b"\n") and holds(json.loads(line)):
                 yield line
         except (ValueError, KeyError, TypeError):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from e2e_sae_plugin.architectures import TOKEN_SEPARABLE
+from e2e_sae_plugin.architectures import NAMES_EVERY_LOSS, TOKEN_SEPARABLE, WITH_AUXILIARY
 from e2e_sae_plugin.config import E2ESAERunnerConfig, read_yaml, require_known_keys
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.sweep.config import NAME, SPARSITY_FIELD, SweepMember
@@ -73,7 +74,9 @@ class MultiE2ESAERunnerConfig:
             raise ValueError(f"mode must be one of {list(get_args(Mode))}, got {mode!r}.")
         for key in _SINGLE:
             if key in shared:
-                raise ValueError(f"{key} is for one SAE. With several, give saes, hook_names, hook_head_indices or frozen.")
+                raise ValueError(
+                    f"{key} is for one SAE. With several, give saes, hook_names, hook_head_indices or frozen."
+                )
         require_known_keys(shared, {*E2ESAERunnerConfig.__dataclass_fields__} - {*_SINGLE}, "the run")
         self.mode: Mode = mode
         self.saes = {name: _as_dict(name, sae) for name, sae in _mapping("saes", saes).items()}
@@ -88,8 +91,9 @@ class MultiE2ESAERunnerConfig:
                     continue
                 raise ValueError(f"{name} of several SAEs must name a folder, got {path!r}.")
         self.output_path = str(output_path)
-        auto = f"{self.output_path}-checkpoints"
-        self.checkpoint_path = None if checkpoint_path is None else auto if checkpoint_path == "auto" else str(checkpoint_path)
+        if checkpoint_path == "auto":
+            checkpoint_path = f"{self.output_path}-checkpoints"
+        self.checkpoint_path = None if checkpoint_path is None else str(checkpoint_path)
         self.shared = shared_settings(shared, prefix="", what="a run of several SAEs")
         self._check_names()
         self._check_mode()
@@ -158,11 +162,11 @@ class MultiE2ESAERunnerConfig:
             "local_first": "train the SAEs with mode='independent' first",
             "patience_evaluations": "the run goes to its end",
             "checkpoint_blocks": "a block with an SAE in it cannot be computed twice",
-            "b_dec_init_method": None,
+            "compile_sae": "its SAEs' inputs have gradients",
         }
         for name, instead in reasons.items():
             value = self.shared.get(name)
-            if instead is not None and value not in (None, 0, False):
+            if value not in (None, 0, False):
                 raise ValueError(f"{name}={value!r} is not supported with mode={self.mode!r}: {instead}. Leave it out.")
         for name, sae in self.saes.items():
             if sae.get("architecture") == "matryoshka_batchtopk":
@@ -217,7 +221,7 @@ class MultiE2ESAERunnerConfig:
         settings = {
             **self.shared,
             "sae": dict(sae),
-            "objective": self.objective.to_dict(),
+            "objective": self._objective_of(sae).to_dict(),
             "hook_name": hook,
             "hook_head_index": self.hook_head_indices.get(name),
             "output_path": str(Path(self.output_path) / name),
@@ -229,6 +233,13 @@ class MultiE2ESAERunnerConfig:
             return E2ESAERunnerConfig.from_dict(settings)
         except ValueError as error:
             raise ValueError(f"saes.{name}: {error}") from error
+
+    def _objective_of(self, sae: Mapping[str, Any]) -> Objective:
+        """A weight for auxiliary terms is for those SAEs that have one."""
+        others_have = any(str(each.get("architecture")) in WITH_AUXILIARY for each in self.saes.values())
+        if others_have and str(sae.get("architecture")) in NAMES_EVERY_LOSS - WITH_AUXILIARY:
+            return dataclasses.replace(self.objective, auxiliary=None)
+        return self.objective
 
     def stage(self, name: str, frozen: Mapping[str, str]) -> MultiE2ESAERunnerConfig:
         """The joint run that trains one SAE of a greedy one."""

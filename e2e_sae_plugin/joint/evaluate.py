@@ -60,12 +60,20 @@ class JointEvaluation:
         """One row per SAE."""
         columns = ("SAE", "hook", "L0", "L0 so far", "CE loss increase so far", "KL so far", "CE loss increase alone")
         rows = tuple(
-            (each.name, each.hook_name, each.l0, each.l0_so_far, each.ce_loss_increase, each.kl, each.ce_loss_increase_alone)
+            (
+                each.name,
+                each.hook_name,
+                each.l0,
+                each.l0_so_far,
+                each.ce_loss_increase,
+                each.kl,
+                each.ce_loss_increase_alone,
+            )
             for each in self.rows
         )
         caption = (
             f"On {self.n_tokens:,} tokens, where the clean model's cross-entropy is {self.ce_loss_without_sae:.4f} nats. "
-            "\"So far\": with the SAEs up to this row in the pass, each reading what the ones before it wrote."
+            '"So far": with the SAEs up to this row in the pass, each reading what the ones before it wrote.'
         )
         counts, losses = dict.fromkeys(columns[2:4], "{:.1f}"), dict.fromkeys(columns[4:], "{:+.4f}")
         return Table("joint", "SAEs spliced together", caption, columns, rows, {**counts, **losses})
@@ -109,7 +117,9 @@ def measure_joint(
         ValueError: there is no token to measure.
     """
     names = list(splice.places)
-    sums = {key: SequenceSums() for key in [*(f"to {name}" for name in names), *(f"alone {name}" for name in names[1:])]}
+    sums = {
+        key: SequenceSums() for key in [*(f"to {name}" for name in names), *(f"alone {name}" for name in names[1:])]
+    }
     for chunk in tokens.split(batch_size_prompts):
         micro = splice.clean(chunk, downstream=False, seqpos_slice=seqpos_slice, excluded=excluded)
         if not micro.n_tokens:
@@ -160,4 +170,3 @@ def _ratio(sums: SequenceSums, name: str, over: str, weights: Tensor) -> Estimat
     count = sums.total(over)
     low, high = interval((weights @ values) / (weights @ count).clamp_min(1))
     return Estimate(float(values.sum() / count.sum()), low, high)
-

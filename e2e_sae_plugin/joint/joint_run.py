@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,24 @@ class JointRun(SweepRunner):
         cfg: of mode "joint".
         override_model: as in `E2ESAETrainingRunner`.
         override_dataset: as in `E2ESAETrainingRunner`.
+        on_begin: called once all is built and checked, before the first step.
+        stage: its number in a greedy run, from 1; 0 for a run of its own.
     """
 
     cfg: MultiE2ESAERunnerConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     member_class = JointMemberRunner
+    called = "joint run"
 
-    def __init__(self, cfg: MultiE2ESAERunnerConfig, override_model: Any = None, override_dataset: Any = None):
+    def __init__(
+        self,
+        cfg: MultiE2ESAERunnerConfig,
+        override_model: Any = None,
+        override_dataset: Any = None,
+        on_begin: Callable[[], None] | None = None,
+        stage: int = 0,
+    ):
         super().__init__(cfg, override_model, override_dataset)
+        self.on_begin, self.stage = on_begin, stage
         self.frozen_saes = {name: _load(name, source) for name, source in cfg.frozen.items()}
         self.model: Any = None
         """The language model, once it is loaded."""
@@ -83,15 +94,24 @@ class JointRun(SweepRunner):
         first = next(iter(self._runners.values()))
         self.model, self.dataset = first.model, first.activations_store.dataset
         self._splice = self._joint_splice()
-        step = max((entry["place"] for entry in resumed.values()), default=0)
-        self._log = MetricsLog(Path(self.cfg.output_path), to_wandb=False, resume=step > 0 or bool(self.cfg.frozen))
-        if step:
-            samples = step * first.cfg.step_size_prompts * first.cfg.training_context_size
-            self._log.resume({"n_bytes": 10**18, "pending": "", "last_line": ""}, samples)
+        self._log = self._open_log(first, resumed)
         told = {"names": list(self._splice.places), "training": self._training()}
         for runner in self._runners.values():
             runner.set_metadata = {"sae_set": told, "downstream_hooks": list(self._splice.first.downstream_hooks)}
         return runners, batches
+
+    def _open_log(self, some: JointMemberRunner, resumed: Mapping[str, dict[str, Any]]) -> MetricsLog:
+        """The log of all SAEs together: after what earlier stages wrote, and this one before its checkpoint."""
+        samples = max((int(entry["checkpoint"]) for entry in resumed.values()), default=0)
+        step = samples // (some.cfg.step_size_prompts * some.cfg.training_context_size)
+        log = MetricsLog(Path(self.cfg.output_path), to_wandb=False, resume=step > 0 or self.stage > 0)
+        log.keep_lines(lambda line: line.get("stage", 0) < self.stage or line["step"] < step)
+        return log
+
+    def _write_log(self, metrics: dict[str, Any], step: int, n_training_samples: int) -> None:
+        assert self._log is not None
+        stage = {"stage": self.stage} if self.stage else {}
+        self._log.log({**metrics, **stage}, step, n_training_samples)
 
     def _joint_splice(self) -> JointSplice:
         places = {
@@ -153,6 +173,8 @@ class JointRun(SweepRunner):
                 f"agreement={self.cfg.agreement!r} has no effect: no SAE reads what a trained one writes, as the trained "
                 "ones are last in the model. Set it to 0."
             )
+        if self.on_begin is not None:
+            self.on_begin()
         if self._is_done(training):  # stopped after its last step, while it saved
             self._finish(batches, training)
 
@@ -189,13 +211,12 @@ class JointRun(SweepRunner):
         for name, trainer in trainers.items():
             trainer._log(trainer._step_metrics(outputs[name]), trainer.n_training_steps - 1)
         assert self.joint_step is not None
-        assert self._log is not None
         assert self.joint_step.loss is not None
         leader = next(iter(trainers.values()))
         terms = {f"losses/{name}": float(value) for name, value in self.joint_step.terms.items()}
         l0 = {f"{name}/metrics/l0": float(trainer.l0) for name, trainer in trainers.items()}
         metrics = {"losses/overall_loss": float(self.joint_step.loss), **terms, **l0}
-        self._log.log(metrics, leader.n_training_steps - 1, leader.n_training_samples)
+        self._write_log(metrics, leader.n_training_steps - 1, leader.n_training_samples)
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> JointEvaluation | None:
@@ -204,7 +225,6 @@ class JointRun(SweepRunner):
         if first.evaluation_tokens is None:
             return None
         assert self.joint_step is not None
-        assert self._log is not None
         saes = dict(self.frozen)
         for name, trainer in self.joint_step.trainers.items():
             trainer.sae.eval()
@@ -223,7 +243,7 @@ class JointRun(SweepRunner):
         for trainer in self.joint_step.trainers.values():
             trainer.sae.train()
         leader = next(iter(self.joint_step.trainers.values()))
-        self._log.log(self.evaluation.to_log(), step, leader.n_training_samples)
+        self._write_log(self.evaluation.to_log(), step, leader.n_training_samples)
         return self.evaluation
 
     def _is_done(self, training: Mapping[str, MemberRunner]) -> bool:

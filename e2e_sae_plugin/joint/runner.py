@@ -10,7 +10,9 @@ from typing import Any
 
 from sae_lens import SAE
 
+from e2e_sae_plugin.build import load_model_for
 from e2e_sae_plugin.checkpoint.folder import write_whole
+from e2e_sae_plugin.demo.bundled import bundled_model
 from e2e_sae_plugin.joint.config import MultiE2ESAERunnerConfig
 from e2e_sae_plugin.joint.joint_run import JointRun
 from e2e_sae_plugin.joint.sae_set import SAESet, load_sae_set, write_manifest
@@ -48,26 +50,20 @@ class MultiE2ESAETrainingRunner:
             NonFiniteError: too many steps in a row were not finite; the SAEs as they were before are in a checkpoint.
             RunInterrupted: a signal came; the run was saved first.
         """
-        self._claim_output()
+        self._refuse_another_run()
         if self.cfg.mode == "independent":
-            trained = self._independent()
-        elif self.cfg.mode == "joint":
-            trained = self._joint(self.cfg)
-        else:
-            trained = self._greedy()
-        return trained
-
-    def _joint(self, cfg: MultiE2ESAERunnerConfig) -> SAESet:
-        JointRun(cfg, self._model, self._dataset).run()
-        return load_sae_set(cfg.output_path)
+            return self._independent()
+        if self.cfg.mode == "greedy":
+            return self._greedy()
+        JointRun(self.cfg, self._model, self._dataset, self._mark_output).run()
+        return load_sae_set(self.cfg.output_path)
 
     def _greedy(self) -> SAESet:
         """One joint run for each SAE, with those before it frozen."""
-        run: JointRun | None = None
         done: dict[str, str] = {}
-        for name in self._order():
+        for number, name in enumerate(self._order(), start=1):
             stage = self.cfg.stage(name, done)
-            run = JointRun(stage, self._model, self._dataset)
+            run = JointRun(stage, self._model, self._dataset, self._mark_output, number)
             run.run()
             self._model, self._dataset = run.model or self._model, run.dataset or self._dataset
             done[name] = str(Path(self.cfg.output_path) / name)
@@ -77,16 +73,16 @@ class MultiE2ESAETrainingRunner:
         """The SAEs to train, as the model reaches them."""
         if self._model is None:
             first = next(iter(self.cfg.members().values())).config
-            from e2e_sae_plugin.build import load_model_for
-            from e2e_sae_plugin.demo.bundled import bundled_model
-
-            self._model = bundled_model(first.model_name, first.llm_device or str(first.device)) or load_model_for(first)
+            self._model = bundled_model(first.model_name, first.llm_device or str(first.device)) or load_model_for(
+                first
+            )
         hooks = self.cfg.hook_names
         splices = {name: splice_into(self._model, hook, needs_downstream=False) for name, hook in hooks.items()}
         return in_execution_order(splices)
 
     def _independent(self) -> SAESet:
         saes = SweepRunner(self.cfg, self._model, self._dataset).run()
+        self._mark_output()
         failed = [name for name, sae in saes.items() if sae is None]
         if failed:
             raise OSError(f"{len(failed)} SAEs failed, see failed.json in their folders: {', '.join(failed)}.")
@@ -95,25 +91,31 @@ class MultiE2ESAETrainingRunner:
         write_manifest(Path(self.cfg.output_path), list(trained), hooks, {"mode": self.cfg.mode})
         return load_sae_set(self.cfg.output_path)
 
-    def _claim_output(self) -> None:
-        """Say whose folder it is; the SAEs' own configs do not know of each other.
+    def _as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self.cfg.to_dict(), default=str))
+
+    def _refuse_another_run(self) -> None:
+        """The SAEs' own configs do not know of each other.
 
         Raises:
-            ValueError: another run of several SAEs lies there.
+            ValueError: another run of several SAEs lies in the output folder.
         """
+        path = Path(self.cfg.output_path) / RUN_FILENAME
+        if not path.is_file() or self.cfg.shared.get("overwrite_output"):
+            return
+        differences = _differences(json.loads(path.read_text()), self._as_json())
+        if differences:
+            listed = "\n  ".join(differences)
+            raise ValueError(
+                f"output_path={self.cfg.output_path!r} holds another run of several SAEs. It differs in:\n  {listed}\n"
+                "Choose another output_path, or set overwrite_output=True."
+            )
+
+    def _mark_output(self) -> None:
+        """Say whose folder it is."""
         output = Path(self.cfg.output_path)
-        path = output / RUN_FILENAME
-        ours = json.loads(json.dumps(self.cfg.to_dict(), default=str))
-        if path.is_file() and not self.cfg.shared.get("overwrite_output"):
-            differences = _differences(json.loads(path.read_text()), ours)
-            if differences:
-                listed = "\n  ".join(differences)
-                raise ValueError(
-                    f"output_path={str(output)!r} holds another run of several SAEs. It differs in:\n  {listed}\nChoose "
-                    "another output_path, or set overwrite_output=True."
-                )
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(ours, indent=2) + "\n")
+        write_whole(output / RUN_FILENAME, json.dumps(self._as_json(), indent=2) + "\n")
 
 
 _MAY_DIFFER = frozenset({"verbose", "checkpoint_every_minutes", "checkpoint_path", "device", "llm_device", "logger"})

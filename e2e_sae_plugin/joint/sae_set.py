@@ -121,7 +121,9 @@ def activation_shape(model: Any, head_index: int | None) -> tuple[int, ...]:
 # On disk.
 
 
-def write_manifest(folder: Path, names: Sequence[str], hook_names: Mapping[str, str], training: Mapping[str, Any]) -> None:
+def write_manifest(
+    folder: Path, names: Sequence[str], hook_names: Mapping[str, str], training: Mapping[str, Any]
+) -> None:
     """Name the SAEs in `folder/<name>`, in the model's order.
 
     Raises:
@@ -184,14 +186,16 @@ def _read_manifest(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     path = folder / MANIFEST_FILENAME
     if not path.is_file():
         raise ValueError(
-            f"The folder {str(folder)!r} has no {MANIFEST_FILENAME}, which a run of several SAEs writes when it is finished. "
-            "Give that run's output_path; load_sae loads a single SAE."
+            f"The folder {str(folder)!r} has no {MANIFEST_FILENAME}, which a run of several SAEs writes when it is "
+            "finished. Give that run's output_path; load_sae loads a single SAE."
         )
     try:
         manifest = json.loads(path.read_text())
         if manifest["format"] > FORMAT:
             raise ValueError(f"it has format {manifest['format']}, and this version reads up to {FORMAT}")
-        return {entry["name"]: _inside(entry["folder"]) for entry in manifest["saes"]}, dict(manifest.get("training") or {})
+        return {entry["name"]: _inside(entry["folder"]) for entry in manifest["saes"]}, dict(
+            manifest.get("training") or {}
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}.") from error
 
@@ -209,4 +213,3 @@ def _wanted(names: Sequence[str] | None, there: list[str], where: str) -> list[s
     if isinstance(names, str) or not names or not set(names) <= set(there):
         raise ValueError(f"names={names!r}: the set of {where} has {there}. Give a list of some of them.")
     return [name for name in there if name in names]
-

@@ -1,5 +1,4 @@
-"""The passes of a joint splice: the clean one for all its places, and the one in which each SAE reads what the SAEs before it
-wrote."""
+"""The passes of a joint splice: the clean one for all places, and the one in which each SAE reads what others wrote."""
 
 from __future__ import annotations
 
@@ -99,12 +98,11 @@ class JointSplice:
         first, later = names[0], names[1:]
         start = self._replace(micro, first, saes[first], sae_in, micro.places[first].clean.activation)
         functions: dict[str, HookFunction] = {
-            self.places[name].model.position.hook_name: self._function(micro, name, saes[name], sae_in) for name in later
+            self.places[name].model.position.hook_name: self._function(micro, name, saes[name], sae_in)
+            for name in later
         }
         model = self.places[first].model
-        return JointOutput(
-            model.spliced_pass(micro.places[first].clean, start, hidden=hidden, later=functions), sae_in
-        )
+        return JointOutput(model.spliced_pass(micro.places[first].clean, start, hidden=hidden, later=functions), sae_in)
 
     def clean_sae_in(self, micro: JointMicroBatch, name: str) -> Tensor:
         """What an SAE would read in the clean model, `[tokens, d_in]`."""
@@ -130,4 +128,3 @@ def _micro_batch(tokens: Tensor, clean: CleanPass, mask: Tensor | None, n_tokens
 def squared_change(features: Tensor, clean: Tensor) -> Tensor:
     """`||f(a_hat) - f(a)||^2` of each token, `[tokens]`, in fp32."""
     return (features.float() - clean.float()).pow(2).sum(1)
-

@@ -15,7 +15,7 @@ from e2e_sae_plugin.trainer import E2ESAETrainer
 
 
 class SplicedSAE(Protocol):
-    """What a joint pass asks of an SAE. Activations are the model's own, `[tokens, d_in]`; features are `[tokens, d_sae]`."""
+    """What a joint pass asks of an SAE. Activations are the model's own, `[tokens, d_in]`; features `[tokens, d_sae]`."""
 
     def reconstruct(self, sae_in: Tensor) -> Tensor:
         """`SAE(sae_in)`, in the model's own space; gradients flow to `sae_in`."""

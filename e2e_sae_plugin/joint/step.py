@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -185,10 +186,11 @@ class JointStep:
             sae.output = None
             with torch.no_grad():
                 fired[name] += fired_counts(output.feature_acts)
+            spliced_value = weighted.detach().to(output.loss.device)
             architecture = sae.trainer.sae.cfg.architecture()
-            own, own_terms = combine_sae_losses(output, architecture, self.objective, weighted.detach().to(output.loss.device))
+            own, own_terms = combine_sae_losses(output, architecture, self.objective, spliced_value)
             total = total + own.to(device)
-            output.loss = (weighted.detach().to(own.device) + own).detach()
+            output.loss = (spliced_value + own).detach()
             output.losses = {**{key: value.to(own.device) for key, value in values.items()}, **own_terms}
             outputs[name].append(output)
             values_of = {f"{key}/{name}": value for key, value in own_terms.items()}
@@ -215,8 +217,10 @@ class JointStep:
         for trainer in self.trainers.values():
             trainer.n_skipped_steps += 1
         terms = {name: float(value) for name, value in self.terms.items()}
-        not_finite = [name for name, value in terms.items() if value != value or abs(value) == float("inf")]
-        fault = f"Loss or gradient of {', '.join(broken)} is not finite; terms that are not: {', '.join(not_finite) or 'none'}."
+        not_finite = [name for name, value in terms.items() if not math.isfinite(value)]
+        fault = (
+            f"Loss or gradient of {', '.join(broken)} is not finite; of the terms, {', '.join(not_finite) or 'none'}."
+        )
         if self.n_skipped_in_a_row >= limit:
             raise NonFiniteError(
                 f"{self.n_skipped_in_a_row} steps in a row (max_skipped_steps), up to step {self._leader.n_training_steps}, "

@@ -30,7 +30,9 @@ def in_execution_order(models: Mapping[str, SplicedModel]) -> list[str]:
     caught = _caught_in_order(next(iter(models.values())), list(by_hook))
     for hook in by_hook:
         if hook not in caught:
-            raise ValueError(f"The model does not call {hook!r}, where the SAE {by_hook[hook]!r} sits. Use another hook.")
+            raise ValueError(
+                f"The model does not call {hook!r}, where the SAE {by_hook[hook]!r} sits. Use another hook."
+            )
     hooks = list(caught)
     for i, hook in enumerate(hooks):
         for other in hooks[:i]:

@@ -54,6 +54,8 @@ class SweepRunner:
     """
 
     member_class: type[MemberRunner] = MemberRunner
+    called = "sweep"
+    """What messages call it."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class SweepRunner:
             raise ValueError(f"part={part!r} must be (i, n) with 1 <= i <= n.")
         for name, folder in (("output_path", cfg.output_path), ("checkpoint_path", cfg.checkpoint_path)):
             if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-                raise ValueError(f"{name} of the sweep, {str(folder)!r}, is a file. Name a folder.")
+                raise ValueError(f"{name} of the {self.called}, {str(folder)!r}, is a file. Name a folder.")
         self.cfg, self.part = cfg, part
         everyone = cfg.members()
         if n > len(everyone):
@@ -97,12 +99,12 @@ class SweepRunner:
                 self._train(waiting, stop_request)
             if stop_request.signal_number is not None:  # it came when the last step was done
                 self._write_summary()
-                logger.warning("The sweep had ended when the signal came; there is nothing to resume.")
+                logger.warning("The %s had ended when the signal came; there is nothing to resume.", self.called)
                 raise run_interrupted(stop_request.signal_number, None)
         self._write_summary()
         if all(status == "failed" for status in self.statuses.values()):
             raise SweepFailed(
-                f"All {len(self.members)} SAEs of the sweep failed: {self._failure(next(iter(self.members)))}"
+                f"All {len(self.members)} SAEs of the {self.called} failed: {self._failure(next(iter(self.members)))}"
             )
         return {
             name: load_quietly(str(member.config.output_path), device="cpu")  # all of them may be too many for a GPU
@@ -166,7 +168,7 @@ class SweepRunner:
             self._attempt(batches, training, name, "begin")
         if stop_request.signal_number is not None and training:
             # Nothing is trained that is not in the checkpoint, and estimates may be half made.
-            logger.warning("The sweep was stopped before its first step.")
+            logger.warning("The %s was stopped before its first step.", self.called)
             raise run_interrupted(stop_request.signal_number, checkpoint)
         self._in_rounds(runners, training, batches, shared, stop_request, round_number)
 
@@ -235,7 +237,12 @@ class SweepRunner:
         every = self.cfg.checkpoint_every_minutes
         total = sum(member.config.training_tokens for member in self.members.values())
         bar = tqdm(
-            total=total, unit="tok", unit_scale=True, dynamic_ncols=True, desc="Sweep", disable=not self.cfg.verbose
+            total=total,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            desc=self.called.capitalize(),
+            disable=not self.cfg.verbose,
         )
         with bar, self._saved_if_it_fails(batches, training, lambda: round_number):
             while training:
@@ -296,7 +303,7 @@ class SweepRunner:
         try:
             return self.checkpoints.write(batches, training, round_number)
         except WRITE_ERRORS as error:
-            logger.error("The sweep's checkpoint could not be written (%s); training goes on.", error)
+            logger.error("The %s's checkpoint could not be written (%s); training goes on.", self.called, error)
             return None
 
     @contextmanager
@@ -309,15 +316,18 @@ class SweepRunner:
         except Exception as error:
             checkpoint = self._save(batches, training, round_number())
             if checkpoint is not None:
-                logger.warning("%s. Saved %s: run the sweep again to go on.", type(error).__name__, checkpoint)
+                logger.warning(
+                    "%s. Saved %s: run the %s again to go on.", type(error).__name__, checkpoint, self.called
+                )
             raise
 
     def _stop(
         self, batches: SharedBatches, training: dict[str, MemberRunner], request: StopRequest, round_number: int
     ) -> None:
         checkpoint = self._save(batches, training, round_number)
-        how = "Nothing could be saved" if checkpoint is None else f"Saved {checkpoint}. Run the sweep again to go on"
-        logger.warning("The sweep was stopped with %d SAEs to train. %s.", len(training), how)
+        again = f"Run the {self.called} again to go on"
+        how = "Nothing could be saved" if checkpoint is None else f"Saved {checkpoint}. {again}"
+        logger.warning("The %s was stopped with %d SAEs to train. %s.", self.called, len(training), how)
         assert request.signal_number is not None
         raise run_interrupted(request.signal_number, checkpoint)
 
