@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from e2e_sae_plugin.architectures import NAMES_EVERY_LOSS, TOKEN_SEPARABLE, WITH_AUXILIARY
@@ -47,6 +48,8 @@ class MultiE2ESAERunnerConfig:
             `"greedy"`.
         objective: as `E2ESAERunnerConfig.objective`; downstream terms count from the first SAE in the pass, and `mse` of
             each SAE compares what it writes with what it reads there. Default: the KL alone.
+        local_first: share of the tokens, as in `E2ESAERunnerConfig`, that each SAE is first trained with by itself, locally
+            and on the clean model.
         output_path: gets one SAE folder per name, `sae_set.json` that names them, and `joint.csv` with what they cost.
         checkpoint_path: gets the checkpoints, of all SAEs at once; None for none. Default: `<output_path>-checkpoints`.
         shared: every other field of `E2ESAERunnerConfig`, the same for all.
@@ -94,6 +97,8 @@ class MultiE2ESAERunnerConfig:
         if checkpoint_path == "auto":
             checkpoint_path = f"{self.output_path}-checkpoints"
         self.checkpoint_path = None if checkpoint_path is None else str(checkpoint_path)
+        if isinstance(shared.get("logger"), LoggingConfig):
+            shared["logger"] = dataclasses.asdict(shared["logger"])
         self.shared = shared_settings(shared, prefix="", what="a run of several SAEs")
         self._check_names()
         self._check_mode()
@@ -159,7 +164,6 @@ class MultiE2ESAERunnerConfig:
                 "the KL. Leave it out, and give kl and mse weights."
             )
         reasons = {
-            "local_first": "train the SAEs with mode='independent' first",
             "patience_evaluations": "the run goes to its end",
             "checkpoint_blocks": "a block with an SAE in it cannot be computed twice",
             "compile_sae": "its SAEs' inputs have gradients",

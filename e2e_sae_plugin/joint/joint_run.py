@@ -181,6 +181,10 @@ class JointRun(SweepRunner):
     def _advance(self, batches: SharedBatches, training: dict[str, MemberRunner], place: int) -> None:
         assert self.joint_step is not None
         trainers = self.joint_step.trainers
+        local = {name: each for name, each in training.items() if not trainers[name].objective.needs_spliced_pass}
+        if local:
+            self._advance_locally(local)
+            return
         leader = next(iter(trainers.values()))
         logs, evaluates = leader._is_logging_step(), leader._is_evaluation_step()
         for name, trainer in trainers.items():
@@ -200,6 +204,21 @@ class JointRun(SweepRunner):
             self._evaluate(leader.n_training_steps - 1)
         if self._is_done(training):
             self._finish(batches, training)
+
+    def _advance_locally(self, local: Mapping[str, MemberRunner]) -> None:
+        """A step of each SAE that is still in the local part of its run (`local_first`), alone on the clean model."""
+        place = min(runner.place for runner in local.values())
+        for runner in local.values():
+            trainer, reader = runner.trainer, runner.reader
+            assert trainer is not None
+            assert reader is not None
+            if runner.place != place:
+                continue
+            try:
+                trainer.advance()
+            except BaseException:
+                reader.place = place if trainer._batch_is_pending else reader.place  # its step was taken back
+                raise
 
     def _count_and_log(
         self, trainers: Mapping[str, E2ESAETrainer], outputs: Mapping[str, TrainStepOutput], logs: bool
@@ -254,7 +273,8 @@ class JointRun(SweepRunner):
         leader = next(runner.trainer for runner in training.values() if runner.trainer is not None)
         evaluation = self._evaluate(leader.n_training_steps)
         # Saving takes a while for several SAEs: stopped meanwhile, the run goes on from here.
-        self._save(batches, training, leader.n_training_steps)
+        self.round_number += 1
+        self._save(batches, training)
         for name, runner in list(training.items()):
             assert runner.trainer is not None
             assert runner.reader is not None

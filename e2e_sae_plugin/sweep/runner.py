@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class SweepRunner:
         self.members: dict[str, SweepMember] = dict(list(everyone.items())[index - 1 :: n])
         self.statuses: dict[str, str] = dict.fromkeys(self.members, "waiting")
         self._model, self._dataset = override_model, override_dataset
+        self.round_number = 0
         path = cfg.checkpoint_path
         self.checkpoints = None if path is None else SweepCheckpoints(Path(path), "" if n == 1 else f"-{index}-of-{n}")
 
@@ -146,9 +147,8 @@ class SweepRunner:
     def _train(self, waiting: dict[str, SweepMember], stop_request: StopRequest) -> None:
         checkpoint, resumed = self._find_checkpoint(waiting)
         runners, batches = self._build(waiting, resumed)
-        round_number = 0
         if checkpoint is not None and self.checkpoints is not None:
-            round_number = self.checkpoints.round_number(checkpoint)
+            self.round_number = self.checkpoints.round_number(checkpoint)
             beginning = batches.state()
             self.checkpoints.resume_stream(checkpoint, batches)  # which refuses other data
             anew = ""
@@ -170,7 +170,7 @@ class SweepRunner:
             # Nothing is trained that is not in the checkpoint, and estimates may be half made.
             logger.warning("The %s was stopped before its first step.", self.called)
             raise run_interrupted(stop_request.signal_number, checkpoint)
-        self._in_rounds(runners, training, batches, shared, stop_request, round_number)
+        self._in_rounds(runners, training, batches, shared, stop_request)
 
     def _find_checkpoint(self, waiting: dict[str, SweepMember]) -> tuple[Path | None, dict[str, dict[str, Any]]]:
         """The checkpoint to go on from, and what it holds of those that wait. One that failed before an interruption is
@@ -231,7 +231,6 @@ class SweepRunner:
         batches: SharedBatches,
         shared: SharedCleanPasses,
         stop_request: StopRequest,
-        round_number: int,
     ) -> None:
         last_saved = time.monotonic()
         every = self.cfg.checkpoint_every_minutes
@@ -244,19 +243,19 @@ class SweepRunner:
             desc=self.called.capitalize(),
             disable=not self.cfg.verbose,
         )
-        with bar, self._saved_if_it_fails(batches, training, lambda: round_number):
+        with bar, self._saved_if_it_fails(batches, training):
             while training:
                 place = min(runner.place for runner in training.values())
                 batch = batches.batch(place)
                 with shared.over(batch):
                     self._advance(batches, training, place)
                 batches.forget_what_all_have_read()
-                round_number += 1
+                self.round_number += 1
                 self._show(bar, runners, training)
                 if stop_request and training:
-                    self._stop(batches, training, stop_request, round_number)
+                    self._stop(batches, training, stop_request)
                 if every is not None and time.monotonic() - last_saved >= 60 * every:
-                    self._save(batches, training, round_number)
+                    self._save(batches, training)
                     last_saved = time.monotonic()
 
     def _advance(self, batches: SharedBatches, training: dict[str, MemberRunner], place: int) -> None:
@@ -297,34 +296,30 @@ class SweepRunner:
 
     # Checkpoints.
 
-    def _save(self, batches: SharedBatches, training: dict[str, MemberRunner], round_number: int) -> Path | None:
+    def _save(self, batches: SharedBatches, training: dict[str, MemberRunner]) -> Path | None:
         if self.checkpoints is None or not training:
             return None
         try:
-            return self.checkpoints.write(batches, training, round_number)
+            return self.checkpoints.write(batches, training, self.round_number)
         except WRITE_ERRORS as error:
             logger.error("The %s's checkpoint could not be written (%s); training goes on.", self.called, error)
             return None
 
     @contextmanager
-    def _saved_if_it_fails(
-        self, batches: SharedBatches, training: dict[str, MemberRunner], round_number: Callable[[], int]
-    ) -> Iterator[None]:
+    def _saved_if_it_fails(self, batches: SharedBatches, training: dict[str, MemberRunner]) -> Iterator[None]:
         """What is no failure of one SAE (no room for saving it, the data): the sweep stops, and can go on from there."""
         try:
             yield
         except Exception as error:
-            checkpoint = self._save(batches, training, round_number())
+            checkpoint = self._save(batches, training)
             if checkpoint is not None:
                 logger.warning(
                     "%s. Saved %s: run the %s again to go on.", type(error).__name__, checkpoint, self.called
                 )
             raise
 
-    def _stop(
-        self, batches: SharedBatches, training: dict[str, MemberRunner], request: StopRequest, round_number: int
-    ) -> None:
-        checkpoint = self._save(batches, training, round_number)
+    def _stop(self, batches: SharedBatches, training: dict[str, MemberRunner], request: StopRequest) -> None:
+        checkpoint = self._save(batches, training)
         again = f"Run the {self.called} again to go on"
         how = "Nothing could be saved" if checkpoint is None else f"Saved {checkpoint}. {again}"
         logger.warning("The %s was stopped with %d SAEs to train. %s.", self.called, len(training), how)
