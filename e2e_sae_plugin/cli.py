@@ -146,6 +146,11 @@ def load_config(path: Path, **overrides: Any) -> E2ESAERunnerConfig:
         ValueError: there is no such file, it is no mapping, or it holds an unknown key or a refused value.
     """
     content = read_yaml(path)
+    if "saes" in content:
+        raise ValueError(
+            f"{str(path)!r} names several SAEs (saes), and this is for a run with one. e2e-sae train takes such a file; in "
+            "Python, MultiE2ESAERunnerConfig.load does."
+        )
     return E2ESAERunnerConfig.from_dict({**content, **overrides})
 
 

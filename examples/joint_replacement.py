@@ -91,7 +91,7 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
         (folder / "joint.md").write_text(result.table().to_markdown() + "\n")
-    print(f"\nClean cross-entropy {result.ce_loss_without_sae:.4f} nats, on {result.n_tokens:,} tokens.")
+    print(f"\nOn {tokens.numel():,} tokens of held-out files.")
     (args.output / f"joint-seed{args.seed}.md").write_text("\n".join(lines) + "\n")
 
 

@@ -729,7 +729,7 @@ def test_saes_of_different_places_are_refused(which: str):
     text = refusal(saes, tiny_hooked_transformer(), token_batch(2))
     assert text == (
         f"first and second are not at the same place of the model ({what}), so their numbers cannot be compared as if "
-        "equal. Evaluate each place by itself."
+        "equal. Evaluate each place by itself, or all in one pass (--joint)."
     )
 
 

@@ -521,3 +521,29 @@ def test_the_command_line_trains_several(
     assert list(load_sae_set(tmp_path / "out").saes) == ["a", "b"]
     assert cli.main(["train", "--config", "run.yaml", "--resume", "auto"]) == 2
     assert "it takes no other flags; got --resume auto" in capsys.readouterr().err
+    assert cli.main(["estimate", "--config", "run.yaml"]) == 2
+    assert "names several SAEs (saes), and this is for a run with one" in capsys.readouterr().err
+
+
+def test_evaluate_joint_prints_the_table_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for number, name in enumerate("ab"):
+        config: Any = MultiE2ESAERunnerConfig.from_dict(
+            settings(
+                tmp_path, mode="independent", objective="e2e", model_name="e2e-sae-demo", dataset_path="e2e-sae-demo",
+                context_size=16, train_batch_size_tokens=64, training_tokens=64, output_path=str(tmp_path / "out"),
+                saes={name: {"architecture": "topk", "d_in": 128, "d_sae": 64, "k": 4 + number}},
+                hook_names={name: f"blocks.{1 + number}.hook_resid_pre"}, overwrite_output=True,
+            )
+        )  # fmt: skip
+        MultiE2ESAETrainingRunner(config).run()
+    ours = ["evaluate", str(tmp_path / "out"), "--tokens", "200"]
+    assert cli.main([*ours, "--joint", "--output", str(tmp_path / "table.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "| a | blocks.1.hook_resid_pre | 4.0 [4.0, 4.0] | 4.0 |" in printed
+    assert "| b | blocks.2.hook_resid_pre | 5.0 [5.0, 5.0] | 9.0 |" in printed
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [float(row["L0 so far"]) for row in rows] == [4.0, 9.0]
+    assert cli.main(ours) == 2
+    assert "all in one pass (--joint)" in capsys.readouterr().err
+    assert cli.main([*ours, "--joint", "--hook", "blocks.1.hook_resid_pre"]) == 2
+    assert "--hook names one place, and has no meaning with --joint" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from e2e_sae_plugin.comparison.subjects import Subject, check_finite, check_same
 from e2e_sae_plugin.config import MODEL_CLASSES
 from e2e_sae_plugin.evaluation.evaluate import common_place, evaluate
 from e2e_sae_plugin.finetune.command import number_of_tokens
+from e2e_sae_plugin.joint import SAESet
 from e2e_sae_plugin.preflight import check_device_name
 
 SOURCES = """\
@@ -34,6 +35,7 @@ measured stays."""
 EVALUATE_EXAMPLES = """\
 examples:
   e2e-sae evaluate demo_output/e2e
+  e2e-sae evaluate output/several --joint                     all SAEs of a folder in one pass
   e2e-sae evaluate gpt2-small-res_sce-ajt:blocks.6.hook_resid_pre --dataset Skylion007/openwebtext --streaming"""
 
 COMPARE_EXAMPLES = """\
@@ -47,13 +49,23 @@ def evaluate_command(argv: Sequence[str]) -> None:
     """Measure one SAE and print it."""
     parser = _parser("evaluate", EVALUATE, EVALUATE_EXAMPLES)
     parser.add_argument("sae", metavar="SAE", help="what to measure")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON (CSV with --joint)")
+    parser.add_argument(
+        "--joint", action="store_true",
+        help="splice all SAEs of the folder together, and measure what they cost as they are added and each alone",
+    )  # fmt: skip
     args = parser.parse_args(list(argv))
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"--output {str(args.output)!r} is a folder. Name a file in it.")
+    if args.joint:
+        _evaluate_joint(args)
+        return
     subjects, model, tokens = _inputs(args, [args.sae])
     if len(subjects) > 1:
-        raise ValueError(f"{args.sae!r} holds {len(subjects)} SAEs. Name one of them, or use e2e-sae compare.")
+        raise ValueError(
+            f"{args.sae!r} holds {len(subjects)} SAEs. Name one of them, use e2e-sae compare, or, where they sit at several "
+            "hooks, --joint."
+        )
     found = evaluate(
         subjects[0].sae, model, tokens, name=subjects[0].name, hook_name=args.hook, text=_text(args, subjects),
         batch_size_prompts=args.batch_prompts, progress=True,
@@ -62,6 +74,20 @@ def evaluate_command(argv: Sequence[str]) -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         found.save(args.output)
+
+
+def _evaluate_joint(args: argparse.Namespace) -> None:
+    if args.hook is not None:
+        raise ValueError(
+            "--hook names one place, and has no meaning with --joint: the metadata say where each SAE sits."
+        )
+    subjects, model, tokens = _inputs(args, [args.sae], one_place=False)
+    saes = {each.name: each.sae for each in subjects}
+    found = SAESet(saes).evaluate(model, tokens, batch_size_prompts=args.batch_prompts)
+    print(f"{found.table().to_markdown()}\n{found.table().caption}")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(found.table().to_csv())
 
 
 def compare_command(argv: Sequence[str]) -> None:
@@ -119,7 +145,9 @@ def _parser(name: str, description: str, examples: str) -> argparse.ArgumentPars
     return parser
 
 
-def _inputs(args: argparse.Namespace, sources: Sequence[str]) -> tuple[list[Subject], Any, Tensor]:
+def _inputs(
+    args: argparse.Namespace, sources: Sequence[str], *, one_place: bool = True
+) -> tuple[list[Subject], Any, Tensor]:
     """Refuses what can be refused before the model is loaded."""
     check_device_name("--device", args.device)
     subjects = load_subjects(sources, args.device)
@@ -129,7 +157,8 @@ def _inputs(args: argparse.Namespace, sources: Sequence[str]) -> tuple[list[Subj
     model = load_model_of(
         first, model_name=args.model, model_class_name=args.model_class, device=args.device, dtype=args.model_dtype
     )
-    common_place({each.name: each.sae for each in subjects}, model, args.hook)
+    if one_place:
+        common_place({each.name: each.sae for each in subjects}, model, args.hook)
     tokens = evaluation_tokens(
         first, model, args.tokens, dataset=args.dataset, context_size=args.context_size, streaming=args.streaming
     )

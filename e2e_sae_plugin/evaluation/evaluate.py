@@ -142,7 +142,7 @@ def common_place(saes: Mapping[str, SAE[Any]], model: Any, hook_name: str | None
             what = "; ".join(f"{f}: {getattr(first, f)!r} and {getattr(place, f)!r}" for f in differing)
             raise ValueError(
                 f"{first_name} and {name} are not at the same place of the model ({what}), so their numbers cannot be "
-                "compared as if equal. Evaluate each place by itself."
+                "compared as if equal. Evaluate each place by itself, or all in one pass (--joint)."
             )
     return first
 
