@@ -7,13 +7,17 @@ devices fails, but for copies, numbers in tensors without dimensions, and indice
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from e2e_sae_plugin.splice.transformer_lens import SplicedHookedTransformer
 
 NAME = "second"
 _COPIES = frozenset({"aten::_to_copy", "aten::copy_", "aten::_copy_from"})
@@ -44,6 +48,21 @@ class OnSecond(Tensor):
     def is_sparse(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.is_sparse  # the wrapper calls itself dense
 
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return OnSecond(self.inner.detach())
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        assert isinstance(value, OnSecond)
+        self.inner = value.inner
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return OnSecond(self.inner.to_dense(*args, **kwargs)) if self.is_sparse else self
+
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"OnSecond({self.inner})"
 
@@ -67,13 +86,23 @@ class SecondDevice(TorchDispatchMode):
 def _register() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     # What torch calls where it has switched modes and subclasses off, such as in `torch.tensor`.
-    for name, function in (("empty.memory_format", _empty), ("empty_strided", _empty_strided), ("_copy_from", _copy_from)):
+    for name, function in (
+        ("empty.memory_format", _empty),
+        ("empty_strided", _empty_strided),
+        ("_copy_from", _copy_from),
+    ):
         torch.library.impl(f"aten::{name}", "privateuseone")(function)
 
 
 class _Module(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+    def get_rng_state(self, _: Any) -> Tensor:
+        return torch.get_rng_state()  # what is drawn there is drawn by the CPU's generator
+
+    def set_rng_state(self, state: Tensor, _: Any) -> None:
+        torch.set_rng_state(state)
 
 
 def _empty(size: Any, dtype: Any = None, **_: Any) -> OnSecond:
@@ -129,3 +158,31 @@ def _check_devices(func: Any, tensors: list[Tensor], is_second: bool) -> None:
             f"Expected all tensors to be on the same device, but {schema} got some on {NAME}:0 and "
             f"{[tuple(tensor.shape) for tensor in on_cpu]} on the CPU."
         )
+
+
+DEVICES = [
+    pytest.param(
+        "second:0",
+        marks=pytest.mark.skipif(not is_available(), reason="this torch has no devices made in Python"),
+    ),
+    pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+]
+SIDES = ["model", "sae"]
+"""What is on the other device."""
+
+
+@pytest.fixture(params=DEVICES)
+def other_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The other device's name."""
+    if not request.param.startswith("second"):
+        yield request.param
+        return
+    # Where a HookedTransformer starts at a block, it takes nothing but `type(start) == Tensor`.
+    monkeypatch.setattr(SplicedHookedTransformer, "use_native_kernels", lambda *_: False)
+    with SecondDevice():
+        yield request.param
+
+
+def places(side: str, other: str) -> tuple[str, str]:
+    """(the SAE's device, the model's)."""
+    return ("cpu", other) if side == "model" else (other, "cpu")

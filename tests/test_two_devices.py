@@ -6,57 +6,28 @@ The second device is a stand-in that fails where a GPU would (`second_device`); 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import second_device
 import torch
 from helpers import (
     FAMILIES,
     build_trainer,
-    module_names,
+    hook_of,
     runner_config,
-    tiny_hooked_transformer,
     token_batch,
     training_sae,
 )
-from second_device import OnSecond, SecondDevice
-from torch import Tensor
+from second_device import SIDES, OnSecond, SecondDevice, other_device, places
 
 from e2e_sae_plugin import Objective
-from e2e_sae_plugin.splice.transformer_lens import SplicedHookedTransformer
 
-DEVICES = [
-    pytest.param(
-        "second:0",
-        marks=pytest.mark.skipif(not second_device.is_available(), reason="this torch has no devices made in Python"),
-    ),
-    pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-]
-SIDES = ["model", "sae"]
-"""What is on the other device."""
+other = other_device
 
 
-@pytest.fixture(params=DEVICES)
-def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The other device's name."""
-    if not request.param.startswith("second"):
-        yield request.param
-        return
-    # Where a HookedTransformer starts at a block, it takes nothing but `type(start) == Tensor`.
-    monkeypatch.setattr(SplicedHookedTransformer, "use_native_kernels", lambda *_: False)
-    with SecondDevice():
-        yield request.param
-
-
-def hook_of(family: str) -> str:
-    return "blocks.1.hook_resid_pre" if family in ("hooked_transformer", "bridge") else (
-        f"{module_names(family)['layers']}.0"
-    )
-
-
-def trainer_on(sae_device: str, model_device: str, config: Any, family: str = "hooked_transformer", **settings: Any) -> Any:
+def trainer_on(
+    sae_device: str, model_device: str, config: Any, family: str = "hooked_transformer", **settings: Any
+) -> Any:
     config = copy.deepcopy(config)
     config.device, config.llm_device, config.sae.device = sae_device, model_device, sae_device
     model = FAMILIES[family]().to(model_device)
@@ -69,11 +40,6 @@ def runner_config_on_cpu(config: Any) -> Any:
     config = copy.deepcopy(config)
     config.sae.device = "cpu"
     return config
-
-
-def places(side: str, other: str) -> tuple[str, str]:
-    """(the SAE's device, the model's)."""
-    return ("cpu", other) if side == "model" else (other, "cpu")
 
 
 def test_the_second_device_refuses_what_a_gpu_refuses():
@@ -113,12 +79,11 @@ def test_steps_are_those_of_one_device(other: str, side: str, family: str):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(
-    "architecture", ["standard", "gated", "jumprelu", "abstopk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"]
+    "architecture",
+    ["standard", "gated", "jumprelu", "abstopk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"],
 )
 def test_every_architecture(other: str, side: str, architecture: str):
-    assert_same_steps(
-        runner_config(architecture, store_batch_size_prompts=2), side, other, "hooked_transformer"
-    )
+    assert_same_steps(runner_config(architecture, store_batch_size_prompts=2), side, other, "hooked_transformer")
 
 
 @pytest.mark.parametrize("side", SIDES)
