@@ -6,7 +6,6 @@ devices fails, but for copies, numbers in tensors without dimensions, and indice
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,15 +73,15 @@ class OnSecond(Tensor):
 class SecondDevice(TorchDispatchMode):
     """While it lasts, tensors can be made on `second` and moved there."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        _register()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _compute(func, args, kwargs or {})
 
 
-@functools.cache
+def is_available() -> bool:
+    """Whether this version of torch lets Python define a device."""
+    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+
+
 def _register() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     # What torch calls where it has switched modes and subclasses off, such as in `torch.tensor`.
@@ -94,15 +93,18 @@ def _register() -> None:
         torch.library.impl(f"aten::{name}", "privateuseone")(function)
 
 
-class _Module(backend_registration._DummyBackendModule):
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
+class _Module:
+    """What torch asks a device's module for."""
 
-    def get_rng_state(self, _: Any) -> Tensor:
-        return torch.get_rng_state()  # what is drawn there is drawn by the CPU's generator
-
-    def set_rng_state(self, state: Tensor, _: Any) -> None:
-        torch.set_rng_state(state)
+    is_initialized = is_available = staticmethod(lambda: True)
+    current_device = staticmethod(lambda: 0)
+    device_count = staticmethod(lambda: 1)
+    _is_in_bad_fork = staticmethod(lambda: False)
+    manual_seed_all = staticmethod(lambda _: None)
+    get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
+    # What is drawn there is drawn by the CPU's generator.
+    get_rng_state = staticmethod(lambda _: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, _: torch.set_rng_state(state))
 
 
 def _empty(size: Any, dtype: Any = None, **_: Any) -> OnSecond:
@@ -117,11 +119,6 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     plain = [tensor.inner if isinstance(tensor, OnSecond) else tensor for tensor in (source, target)]
     plain[1].copy_(plain[0])
     return target
-
-
-def is_available() -> bool:
-    """Whether this version of torch lets Python define a device."""
-    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -186,3 +183,7 @@ def other_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 def places(side: str, other: str) -> tuple[str, str]:
     """(the SAE's device, the model's)."""
     return ("cpu", other) if side == "model" else (other, "cpu")
+
+
+if is_available():
+    _register()  # before the first backward of the process, which counts the devices that there are
