@@ -26,7 +26,7 @@ _INDEXING = frozenset({"aten::index.Tensor", "aten::index_put_", "aten::index_pu
 class OnSecond(Tensor):
     """A CPU tensor, `inner`, under another device's name."""
 
-    inner: Tensor
+    inner: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnSecond:

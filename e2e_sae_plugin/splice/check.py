@@ -98,7 +98,8 @@ def _check_downstream(spliced_model: SplicedModel, clean: CleanPass) -> None:
     for hook in spliced_model.downstream_hooks:
         value = spliced.downstream.get(hook)
         same_place = value is not None and value.shape == activation.shape
-        same_place = same_place and torch.equal(value.to(activation.device), activation)  # blocks may be on several
+        # Blocks may be on several devices.
+        same_place = same_place and value is not None and torch.equal(value.to(activation.device), activation)
         if value is None or not value.requires_grad or same_place:
             raise ValueError(not_downstream(hook, spliced_model.position.hook_name))
 

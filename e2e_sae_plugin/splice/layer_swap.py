@@ -177,7 +177,7 @@ def device_of(module: nn.Module) -> torch.device:
     device = next(module.parameters()).device
     if device.type != "meta":
         return device
-    hook = getattr(module, "_hf_hook", None)  # accelerate's, or several of its in one
+    hook: Any = getattr(module, "_hf_hook", None)  # accelerate's, or several of its in one
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "execution_device", None) is not None:
             return torch.device(one.execution_device)

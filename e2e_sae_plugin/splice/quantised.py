@@ -21,6 +21,7 @@ def keep_differentiable(model: nn.Module) -> None:
     Raises:
         ValueError: they have been repacked.
     """
+    module: Any
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
