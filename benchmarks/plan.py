@@ -94,7 +94,7 @@ UNSEEN = Scale("", 4, 384, 12, 3, 1024, 256)
 def measured_saved(scale: Scale) -> SavedBytes:
     """What autograd keeps of a block in bf16, per token."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(scale.config()).to(torch.bfloat16)
+    model = LlamaForCausalLM(scale.config()).bfloat16()
     spliced = splice_into(HookedProxyLM(model, None, hook_names=[]), "model.layers.1", needs_downstream=False)  # pyright: ignore[reportArgumentType]
     spliced.check()
     return saved_by_spliced_pass(spliced, 96)
@@ -111,7 +111,7 @@ def saved_fit() -> np.ndarray:
 def sizes(scale: Scale, weight_bytes: float) -> ModelSizes:
     """Counted on the meta device; `weight_bytes` of each number of the blocks' matrices, the rest is in bf16."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(scale.config()).to(torch.bfloat16)
+        model = LlamaForCausalLM(scale.config()).bfloat16()
     blocks = tuple(multiplied_weights(block, model.config) for block in model.model.layers)
     largest = max(p.numel() for p in model.model.layers[0].parameters())
     total = model_bytes(model)

@@ -24,9 +24,9 @@ _INDEXING = frozenset({"aten::index.Tensor", "aten::index_put_", "aten::index_pu
 
 
 class OnSecond(Tensor):
-    """A CPU tensor, `inner`, under another device's name."""
+    """A CPU tensor, `on_cpu`, under another device's name."""
 
-    inner: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    on_cpu: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnSecond:
@@ -40,30 +40,30 @@ class OnSecond(Tensor):
             device=torch.device(NAME, 0),
             requires_grad=inner.requires_grad,
         )
-        made.inner = inner
+        made.on_cpu = inner
         return made
 
     @property
     def is_sparse(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.is_sparse  # the wrapper calls itself dense
+        return self.on_cpu.is_sparse  # the wrapper calls itself dense
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return OnSecond(self.inner.detach())
+        return OnSecond(self.on_cpu.detach())
 
     @data.setter
     def data(self, value: Tensor) -> None:
         assert isinstance(value, OnSecond)
-        self.inner = value.inner
+        self.on_cpu = value.on_cpu
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.inner.untyped_storage()
+        return self.on_cpu.untyped_storage()
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return OnSecond(self.inner.to_dense(*args, **kwargs)) if self.is_sparse else self
+        return OnSecond(self.on_cpu.to_dense(*args, **kwargs)) if self.is_sparse else self
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return f"OnSecond({self.inner})"
+        return f"OnSecond({self.on_cpu})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,7 +116,7 @@ def _empty_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> OnSec
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    plain = [tensor.inner if isinstance(tensor, OnSecond) else tensor for tensor in (source, target)]
+    plain = [tensor.on_cpu if isinstance(tensor, OnSecond) else tensor for tensor in (source, target)]
     plain[1].copy_(plain[0])
     return target
 
@@ -131,9 +131,11 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if func._schema.name == "aten::copy_":
         is_second = isinstance(args[0], OnSecond)
-    inner_args, inner_kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, OnSecond) else leaf, (args, kwargs))
+    inner_args, inner_kwargs = tree_map(
+        lambda leaf: leaf.on_cpu if isinstance(leaf, OnSecond) else leaf, (args, kwargs)
+    )
     result = func(*inner_args, **inner_kwargs)
-    outer = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, OnSecond)}
+    outer = {id(tensor.on_cpu): tensor for tensor in tensors if isinstance(tensor, OnSecond)}
 
     def wrapped(leaf: Any) -> Any:
         if id(leaf) in outer:

@@ -29,7 +29,7 @@ def llama_workload(model: Any) -> Workload:
 
 
 def test_bf16_weights_take_half():
-    wide, narrow = tiny_llama_model(), tiny_llama_model().to(torch.bfloat16)
+    wide, narrow = tiny_llama_model(), tiny_llama_model().bfloat16()
     parameters = sum(p.numel() for p in wide.parameters())
     buffers = sum(b.nbytes for b in narrow.buffers())  # of the rotary embedding
     assert llama_workload(narrow).model.weight_bytes == 2 * parameters + buffers
