@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.model_settings import check_model_settings, loading_settings
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
 
@@ -73,8 +74,12 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
     A `TransformerBridge`, which the host cannot load, takes `boot_transformers`'s arguments from `settings`
     (`model_from_pretrained_kwargs`); with `center_writing_weights=True` among them its weights are processed by
     `enable_compatibility_mode()`. Hugging Face models are wrapped without hooks of the host's: passes attach their own.
+
+    Raises:
+        ValueError: settings that cannot work, see `check_model_settings`.
     """
-    settings = dict(settings)
+    check_model_settings(model_class_name, settings)
+    settings = loading_settings(model_class_name, settings, device)
     if model_class_name != "TransformerBridge":
         return load_model(
             model_class_name,

@@ -20,6 +20,7 @@ from e2e_sae_plugin.adapters import AdapterKind
 from e2e_sae_plugin.architectures import check_dtype, check_normalisation
 from e2e_sae_plugin.config_checks import check_schedule, check_sharing, check_start, check_values
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
+from e2e_sae_plugin.model_settings import check_model_settings
 from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,9 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
                 raise ValueError(f"{name} must name a folder, or be None; got an empty string.")
         check_values(self)
         self._check_fields()
+        check_model_settings(
+            self.model_class_name, self.model_from_pretrained_kwargs, str(self.device), self.llm_device
+        )
         super().__post_init__()
         check_normalisation(self.sae.architecture(), self.sae.normalize_activations, self.objective.auxiliary)
         check_dtype(self.sae.architecture(), self.sae.dtype, bool(self.autocast))

@@ -168,6 +168,12 @@ def module_names(family: str) -> dict[str, str]:
     }[family]
 
 
+def hook_of(family: str) -> str:
+    """Where an SAE of any family may be, before its second block."""
+    is_hooked = family in ("hooked_transformer", "bridge")
+    return "blocks.1.hook_resid_pre" if is_hooked else f"{module_names(family)['layers']}.0"
+
+
 def token_batch(n_prompts: int = 4, context_size: int = 8, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (n_prompts, context_size), generator=torch.Generator().manual_seed(seed))
 

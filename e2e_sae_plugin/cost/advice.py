@@ -108,7 +108,8 @@ def _batch_changes(cfg: E2ESAERunnerConfig, work: Workload) -> Iterator[_Change]
 
 def _model_changes(cfg: E2ESAERunnerConfig, work: Workload) -> Iterator[_Change]:
     model, n_layers = work.model, len(work.model.block_weights)
-    if model.element_bytes > BFLOAT16_BYTES and cfg.model_name != "e2e-sae-demo":  # which is fp32 alone
+    is_plain = not model.dequantised_bytes
+    if is_plain and model.element_bytes > BFLOAT16_BYTES and cfg.model_name != "e2e-sae-demo":  # which is fp32 alone
         weights = model.weight_bytes * BFLOAT16_BYTES // model.element_bytes
         narrow = dataclasses.replace(model, weight_bytes=weights, element_bytes=BFLOAT16_BYTES)
         text = "model_from_pretrained_kwargs: {dtype: bfloat16}"

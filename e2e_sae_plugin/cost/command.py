@@ -49,7 +49,8 @@ def estimate_command(argv: Sequence[str], parse_config: ParseConfig) -> None:
     level = host_logger.level
     host_logger.setLevel(logging.WARNING)  # it counts steps and logs of the run that is not made
     try:
-        estimate = estimate_run(parse_config(settings), (args.steps or DEFAULT_STEPS) if args.measure else 0)
+        n_steps = (args.steps or DEFAULT_STEPS) if args.measure else 0
+        estimate = estimate_run(parse_config(settings), n_steps, args.ranks)
     finally:
         host_logger.setLevel(level)
     print(report(estimate))
@@ -60,7 +61,8 @@ def estimate_command(argv: Sequence[str], parse_config: ParseConfig) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="e2e-sae estimate",
-        usage="e2e-sae estimate (--config FILE | flags of e2e-sae train) [--no-measure] [--steps N] [--json FILE]",
+        usage="e2e-sae estimate (--config FILE | flags of e2e-sae train) [--no-measure] [--steps N] [--ranks N] "
+        "[--json FILE]",
         description=DESCRIPTION,
         add_help=False,
         allow_abbrev=False,
@@ -72,5 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         help="run no steps: the model is loaded on the CPU and counted, also for a device that is not here",
     )
     parser.add_argument("--steps", type=int, help=f"timed steps, after one that is not timed (default {DEFAULT_STEPS})")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="processes that share each step: what each computes, holds and sends"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     return parser

@@ -11,6 +11,8 @@ from e2e_sae_plugin.cost.advice import HEADROOM, Advice, advice_for, available_m
 from e2e_sae_plugin.cost.flops import step_flops, total_flops
 from e2e_sae_plugin.cost.measure import Measurement, RunParts, build_parts, measure_steps, peak_memory
 from e2e_sae_plugin.cost.memory import StepMemory, saved_by_spliced_pass, step_memory
+from e2e_sae_plugin.cost.placement import Placement, is_cpu, placements
+from e2e_sae_plugin.cost.ranks import Ranks, config_of_rank, ranks_of
 from e2e_sae_plugin.cost.workload import Workload, workload_of
 from e2e_sae_plugin.demo.bundled import BUNDLED
 from e2e_sae_plugin.objective import Objective
@@ -35,13 +37,17 @@ class Estimate:
     measurement: Measurement | None
     why_not_measured: str
     advice: list[Advice]
+    placements: tuple[Placement, ...]
+    """What each device holds; one, where model and SAE are on the same."""
+    ranks: Ranks | None = None
+    """Where several processes share a step; all else is then one rank's."""
 
     @property
     def run_flops(self) -> float:
         """Of the whole run."""
         local = self.cfg.local_first if self.local_flops is not None else 0.0
         per_token = (1 - local) * total_flops(self.flops) + local * total_flops(self.local_flops or {})
-        return per_token * self.cfg.training_tokens
+        return per_token * self.cfg.training_tokens * (1 if self.ranks is None else self.ranks.n)
 
     @property
     def peak_bytes(self) -> int:
@@ -51,7 +57,12 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it leaves some of the free memory free; None where that is not known."""
+        """Whether it leaves some of the free memory free, on every device; None where that is not known."""
+        if len(self.placements) > 1:
+            known = [p for p in self.placements if p.available_bytes is not None]
+            if any(p.memory.peak_bytes > HEADROOM * (p.available_bytes or 0) for p in known):
+                return False
+            return True if len(known) == len(self.placements) else None
         return None if self.available_bytes is None else self.peak_bytes <= HEADROOM * self.available_bytes
 
     @property
@@ -60,29 +71,33 @@ class Estimate:
         return self.available_bytes is None or self.peak_bytes > self.available_bytes / 2
 
 
-def estimate_run(cfg: E2ESAERunnerConfig, n_steps: int = DEFAULT_STEPS) -> Estimate:
+def estimate_run(cfg: E2ESAERunnerConfig, n_steps: int = DEFAULT_STEPS, n_ranks: int | None = None) -> Estimate:
     """What the run of `cfg` will cost.
 
     Args:
         n_steps: timed steps; 0 for none. None are run either where the estimate is beyond the memory that there is.
+        n_ranks: processes that share each step; what is counted and measured is then one rank's share.
 
     Raises:
         ValueError: model, SAE, device or context do not fit each other, as in a run.
     """
     device = str(cfg.device)
-    on_cpu = not device.startswith("cuda")
+    if n_ranks is not None:
+        cfg = config_of_rank(cfg, n_ranks)
+    llm_device = str(cfg.llm_device or device)
+    on_cpu = is_cpu(device)
     if n_steps:
         check_device(cfg)
-    available = available_memory(device) if (cfg.llm_device or device) == device else None
-    if available is not None and on_cpu:
-        available += peak_memory() or 0  # what this process holds now, a run of its own would hold
+    free = {name: _available(name) for name in (device, llm_device)}
+    available = free[device] if llm_device == device else None
     if cfg.model_name != BUNDLED:
         check_model_shape(cfg)
     parts = build_parts(cfg, on_device=n_steps > 0)
     work = workload_of(parts.cfg, parts.spliced, parts.sae)
     saved = saved_by_spliced_pass(parts.spliced, cfg.context_size)
     memory = step_memory(work, saved, on_cpu)
-    measurement, why_not = _measured(parts, n_steps, memory, available)
+    by_device = placements(work, saved, device, llm_device, free)
+    measurement, why_not = _measured(parts, n_steps, by_device)
     local = workload_of(parts.cfg, parts.spliced, parts.sae, Objective.local()) if cfg.local_first else None
     return Estimate(
         cfg=cfg,
@@ -94,16 +109,23 @@ def estimate_run(cfg: E2ESAERunnerConfig, n_steps: int = DEFAULT_STEPS) -> Estim
         measurement=measurement,
         why_not_measured=why_not,
         advice=advice_for(cfg, work, saved, on_cpu),
+        placements=by_device,
+        ranks=None if n_ranks is None else ranks_of(work, n_ranks, parts.sae.W_dec.element_size()),
     )
 
 
-def _measured(
-    parts: RunParts, n_steps: int, memory: StepMemory, available: int | None
-) -> tuple[Measurement | None, str]:
+def _available(device: str) -> int | None:
+    available = available_memory(device)
+    if available is not None and is_cpu(device):
+        available += peak_memory() or 0  # what this process holds now, a run of its own would hold
+    return available
+
+
+def _measured(parts: RunParts, n_steps: int, by_device: tuple[Placement, ...]) -> tuple[Measurement | None, str]:
     """The measurement, or None and why there is none."""
     if not n_steps:
         return None, "--no-measure"
-    if available is not None and memory.peak_bytes > available:
+    if any(p.available_bytes is not None and p.memory.peak_bytes > p.available_bytes for p in by_device):
         return None, "no step was tried: by the estimate it does not fit"
     try:
         return measure_steps(parts, n_steps), ""

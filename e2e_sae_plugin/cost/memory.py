@@ -70,6 +70,7 @@ def step_memory(work: Workload, saved: SavedBytes, on_cpu: bool = True) -> StepM
     parts = {
         "Python and libraries": LIBRARIES_BYTES if on_cpu else 0,
         "model weights": model.weight_bytes,
+        "a weight dequantised": model.dequantised_bytes,
         "SAE weights": sae.weight_bytes,
         "SAE gradients": sae.trained_bytes,
         "optimizer state": 2 * sae.optimized_bytes,
@@ -84,12 +85,12 @@ def step_memory(work: Workload, saved: SavedBytes, on_cpu: bool = True) -> StepM
     gradients = parts["SAE gradients"]
     earlier_gradients = gradients if work.step_prompts > work.sae_prompts else 0
     phases = {
-        "clean pass": held + earlier_gradients + block,
+        "clean pass": held + earlier_gradients + block + model.dequantised_bytes,
         "spliced pass": held
         + earlier_gradients
         + acts.kept
         + parts["spliced activations"]
-        + max(block, parts["KL chunk"]),
+        + max(block + model.dequantised_bytes, parts["KL chunk"]),
         # A batch's gradients are whole before they are added to those of the batches before it.
         "forward and backward of the SAE": held + earlier_gradients + gradients + acts.largest,
         # What the step hands back is put together from its batches; local training's Adam, which is

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 
-from e2e_sae_plugin.cost.advice import Advice, for_memory, for_time
+from e2e_sae_plugin.cost.advice import HEADROOM, Advice, for_memory, for_time
 from e2e_sae_plugin.cost.estimate import RAN_OUT, Estimate
 from e2e_sae_plugin.cost.flops import optimizer_bytes, total_flops
+from e2e_sae_plugin.cost.placement import Placement
 
 
 def report(estimate: Estimate) -> str:
     """What the command prints."""
     cfg, work = estimate.cfg, estimate.work
+    n_tokens = cfg.training_tokens * (estimate.ranks.n if estimate.ranks else 1)
     lines = [
-        f"{cfg.training_tokens:,} tokens of {cfg.model_name}, SAE of {work.sae.d_in} x {work.sae.d_sae:,} "
+        f"{n_tokens:,} tokens of {cfg.model_name}, SAE of {work.sae.d_in} x {work.sae.d_sae:,} "
         f"({work.sae.architecture}) at {cfg.hook_name}, objective {cfg.objective.kind}",
         f"steps of {work.tokens_per_step:,} tokens, {work.micro_prompts * work.context_size:,} through the model at once",
         *(f"{said}: not counted below, but in the measured time" for said in cfg.objective.approximations),
@@ -24,6 +26,7 @@ def report(estimate: Estimate) -> str:
         *_flops_lines(estimate),
         "",
         *_memory_lines(estimate),
+        *_rank_lines(estimate),
         "",
         *_time_lines(estimate),
     ]
@@ -64,6 +67,8 @@ def _memory_lines(estimate: Estimate) -> list[str]:
     measured = estimate.measurement.peak_bytes if estimate.measurement is not None else None
     if measured is not None:
         lines.append(f"measured: {measured / 1e9:,.2f} GB")
+    if len(estimate.placements) > 1:
+        return lines + _placement_lines(estimate.placements)
     device = estimate.cfg.device
     if estimate.available_bytes is None:
         lines.append(f"how much memory {device} has free is not known here, so whether it fits is not checked")
@@ -73,11 +78,38 @@ def _memory_lines(estimate: Estimate) -> list[str]:
     return lines
 
 
+def _placement_lines(placements: tuple[Placement, ...]) -> list[str]:
+    lines: list[str] = ["of that, on each device:"]
+    for one in placements:
+        peak = one.memory.peak_bytes
+        line = f"  {peak / 1e9:10,.2f} GB  {one.device}, which holds the {one.holds}"
+        if one.available_bytes is not None:
+            fits = peak <= HEADROOM * one.available_bytes
+            line += f"; free: {one.available_bytes / 1e9:,.2f} GB; {'it fits' if fits else 'IT DOES NOT FIT'}"
+        lines.append(line)
+    return lines
+
+
+def _rank_lines(estimate: Estimate) -> list[str]:
+    ranks = estimate.ranks
+    if ranks is None:
+        return []
+    return [
+        "",
+        f"{ranks.n} ranks: {ranks.tokens_per_rank:,} of a step's {ranks.n * ranks.tokens_per_rank:,} tokens on each; memory "
+        "above and times below are one rank's",
+        f"  {ranks.reduced_bytes / 1e9:,.3f} GB of gradients are summed at each step; in a ring each rank sends "
+        f"{ranks.sent_bytes / 1e9:,.3f} GB",
+    ]
+
+
 def _time_lines(estimate: Estimate) -> list[str]:
     measured = estimate.measurement
     if measured is None:
         return [f"Time: not measured ({estimate.why_not_measured})."]
-    lines = [f"Time: {duration(measured.training_seconds(estimate.cfg))} for all steps, as measured on this machine"]
+    of_rank = " of a rank, without what the ranks send each other" if estimate.ranks else ""
+    seconds = duration(measured.training_seconds(estimate.cfg))
+    lines = [f"Time: {seconds} for all steps{of_rank}, as measured on this machine"]
     for times, flops in ((measured.local, estimate.local_flops), (measured.main, estimate.flops)):
         if times is not None and flops is not None:
             share = times.tokens_per_second * total_flops(flops) / measured.matmul_flops_per_second
@@ -132,6 +164,17 @@ def to_dict(estimate: Estimate) -> dict[str, Any]:
         "peak_bytes": estimate.memory.peak_bytes,
         "available_bytes": estimate.available_bytes,
         "fits": estimate.fits,
+        "devices": [
+            {
+                "device": one.device,
+                "holds": one.holds,
+                "peak_bytes": one.memory.peak_bytes,
+                "memory_bytes": one.memory.parts,
+                "available_bytes": one.available_bytes,
+            }
+            for one in estimate.placements
+        ],
+        "ranks": None if estimate.ranks is None else dataclasses.asdict(estimate.ranks),
         "measured": timing,
         "why_not_measured": estimate.why_not_measured or None,
         "advice": [dataclasses.asdict(one) for one in estimate.advice],

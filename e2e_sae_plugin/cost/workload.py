@@ -36,6 +36,8 @@ class ModelSizes:
     """Of all parameters and buffers."""
     element_bytes: int
     """Of one number in the model's dtype."""
+    dequantised_bytes: int = 0
+    """Of the largest quantised weight once it is in the model's dtype, which it is while a token is multiplied with it."""
     has_linear_head: bool = True
     """Whether the KL runs in buffers that its chunks share (`kernels.kl.LinearHead`)."""
 
@@ -211,16 +213,43 @@ def model_sizes(spliced: SplicedModel) -> ModelSizes:
         ValueError: the model's config does not say how wide its attention is.
     """
     blocks, config = _blocks_and_config(spliced)
-    reference = next(iter(blocks[0].parameters()))
+    # Quantised weights are integers; activations are in the dtype of what is not quantised.
+    reference = next(p for p in blocks[0].parameters() if p.is_floating_point())
+    quantised = [m for m in spliced.model.modules() if is_quantised(m)]
     return ModelSizes(
         block_weights=tuple(multiplied_weights(block, config) for block in blocks),
         score_width=_score_width(config),
         d_model=_first(config, "d_model", "hidden_size", "n_embd"),
         vocabulary=spliced.vocabulary,
-        weight_bytes=_nbytes([*spliced.model.parameters(), *spliced.model.buffers()]),
+        weight_bytes=model_bytes(spliced.model),
         element_bytes=reference.element_size(),
+        dequantised_bytes=max((_shape_elements(m) * reference.element_size() for m in quantised), default=0),
         has_linear_head=isinstance(spliced.unembed, LinearHead),
     )
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a linear module's weight is kept as integers."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()
+
+
+def _shape_elements(module: nn.Module) -> int:
+    return int(getattr(module, "in_features", 0)) * int(getattr(module, "out_features", 0))
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights and buffers where it runs, with the scales of quantised ones; what accelerate has
+    offloaded is not there."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps the scales of 4-bit weights beside them
+        if state is not None:
+            tensors += [value for value in state.as_dict().values() if isinstance(value, Tensor)]
+        if isinstance(scales := getattr(parameter, "SCB", None), Tensor):
+            tensors.append(scales)
+    here = [tensor for tensor in tensors if not tensor.is_meta]
+    return _nbytes(here or tensors)  # all on torch's "meta" device: a model of which nothing but the shape is wanted
 
 
 def multiplied_weights(block: nn.Module, config: Any = None) -> int:
@@ -296,12 +325,14 @@ def _optional(config: Any, *names: str) -> float | None:
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     """Of distinct memory: tied weights are there once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors
-        if tensor.device.type != "meta"
-    }
-    return sum(storages.values())
+    held: dict[tuple[str, int], int] = {}
+    for tensor in tensors:
+        if tensor.is_meta:  # there only in shape: counted as if it were made
+            held["meta", id(tensor)] = tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            held[str(tensor.device), storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
 
 
 def changed(work: Workload, *, sae: Mapping[str, Any] | None = None, **settings: Any) -> Workload:

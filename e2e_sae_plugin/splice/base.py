@@ -16,6 +16,7 @@ from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.kernels.kl import LinearHead, Unembed
 from e2e_sae_plugin.splice.check import check_splice, not_downstream
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
+from e2e_sae_plugin.splice.quantised import keep_differentiable
 from e2e_sae_plugin.splice.recompute import AllCaught, Recompute
 
 CleanPassSource = Callable[["SplicedModel", Tensor], "CleanPass | None"]
@@ -70,6 +71,7 @@ class SplicedModel(ABC):
 
     def _freeze(self) -> None:
         self.model.eval()
+        keep_differentiable(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from e2e_sae_plugin.kernels.kl import Unembed
+from e2e_sae_plugin.splice.quantised import causal_tolerance
 
 if TYPE_CHECKING:
     from e2e_sae_plugin.splice.base import CleanPass, SplicedModel
@@ -80,7 +81,7 @@ def _check_causal(spliced_model: SplicedModel, tokens: Tensor, logits: Tensor) -
     changed = tokens.clone()
     changed[0, -1] = 0  # not the token it is (those count down to 1)
     moved = (spliced_model.full_logits(changed)[0, :-1].float() - logits[0, :-1].float()).abs().max()
-    if float(moved) > 1e-2 * float(logits.float().abs().max()):
+    if float(moved) > causal_tolerance(spliced_model.model) * float(logits.float().abs().max()):
         raise ValueError(
             f"The model is not causal: changing the last token moves the logits of earlier positions by {moved:.2g}. "
             "End-to-end training needs an autoregressive language model."
@@ -96,7 +97,9 @@ def _check_downstream(spliced_model: SplicedModel, clean: CleanPass) -> None:
         spliced = spliced_model.spliced_pass(clean, activation)
     for hook in spliced_model.downstream_hooks:
         value = spliced.downstream.get(hook)
-        same_place = value is not None and value.shape == activation.shape and torch.equal(value, activation)
+        same_place = value is not None and value.shape == activation.shape
+        # Blocks may be on several devices.
+        same_place = same_place and value is not None and torch.equal(value.to(activation.device), activation)
         if value is None or not value.requires_grad or same_place:
             raise ValueError(not_downstream(hook, spliced_model.position.hook_name))
 

@@ -76,7 +76,7 @@ class LayerSwap:
 
     @property
     def token_device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue, reportReturnType]
+        return device_of(self.model.get_input_embeddings())  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def run(self, tokens: Tensor, start: Tensor | None, start_block: int, recompute: Recompute | None = None) -> Tensor:
         """Final hidden state `[batch, pos, d_model]`, from the embeddings or with `start` entering `start_block`.
@@ -154,12 +154,34 @@ class LayerSwap:
     def linear_head(self) -> LinearHead | None:
         """The weights of the head if it is a plain linear map: the model may still scale or cap what comes out."""
         head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        # A bridge wraps the head's module; anything but a plain one (quantised, an adapter) is left to the model.
+        # A bridge wraps the head's module; anything but a plain one (quantised, an adapter) is left to the model, and so is
+        # one whose weight is elsewhere while it does not run (offloaded), or only in part on this process (`tp_plan`).
         head = getattr(head, "original_component", head)
-        return LinearHead(head.weight, head.bias) if type(head) is nn.Linear else None
+        is_whole = type(head) is nn.Linear and not head.weight.is_meta and not hasattr(head.weight, "device_mesh")
+        return LinearHead(head.weight, head.bias) if is_whole else None
 
 
 def _replace_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[Any, Any]:
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device that a module's input has to be on; where accelerate keeps its weights elsewhere between runs, the device that
+    it runs on.
+
+    Raises:
+        ValueError: its weights are on no device.
+    """
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hook: Any = getattr(module, "_hf_hook", None)  # accelerate's, or several of its in one
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "execution_device", None) is not None:
+            return torch.device(one.execution_device)
+    raise ValueError(
+        f"The weights of {type(module).__name__} are on torch's 'meta' device, which holds no numbers. Load the model with "
+        "its weights, or with accelerate's device_map."
+    )

@@ -72,6 +72,7 @@ class NativeBlocks:
         """Final hidden state `[batch, pos, d_model]` from the residual stream entering `start_block`."""
         for native, block in zip(self._blocks[start_block:], list(self.model.blocks)[start_block:], strict=True):
             runs = block if native is None or native.is_listened_to() else native
+            residual = residual.to(next(block.parameters()).device)  # with `n_devices`, the blocks are on several
             residual = runs(residual) if recompute is None else recompute(runs, residual)
         if self.model.cfg.normalization_type is None:
             return residual
