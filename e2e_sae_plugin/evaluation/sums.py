@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,8 @@ class SequenceSums:
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
+        # Numbers of Python's: small tensors, made between large ones that are freed, keep the C library's heap from shrinking.
+        self._values: dict[str, array[float]] = {}
         self._shifted: list[Tensor] = []
         self._origin: Tensor | None = None
         self.fired: Tensor | None = None
@@ -65,7 +67,7 @@ class SequenceSums:
         """
         sums = torch.zeros(n_sequences, dtype=torch.float64, device=values.device)
         sums.index_add_(0, sequence.to(values.device), values.double())
-        self._values.setdefault(name, []).append(sums.cpu())
+        self._values.setdefault(name, array("d")).extend(sums.tolist())
 
     def add_sae(
         self, sae_in: Tensor, feature_acts: Tensor, sae_out: Tensor, sequence: Tensor, n_sequences: int
@@ -95,7 +97,7 @@ class SequenceSums:
 
     def total(self, name: str) -> Tensor:
         """`[n_sequences]` of everything measured."""
-        return torch.cat(self._values[name]) if name in self._values else torch.zeros(0, dtype=torch.float64)
+        return torch.tensor(self._values.get(name, []), dtype=torch.float64)
 
     @property
     def n_sequences(self) -> int:
