@@ -95,6 +95,17 @@ class Ranks:
         _reaching(lambda: dist.broadcast_object_list(box, src=0))
         return box[0]
 
+    def by_leader(self, find: Callable[[], T]) -> T:
+        """What rank 0 finds, on all ranks; what it raises, too.
+
+        Raises:
+            ValueError, RuntimeError: it has failed.
+        """
+        found: Any = None
+        with self.all_or_none():
+            found = find() if self.leads else None
+        return self.from_leader(found)
+
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
         """What is done inside has worked on every rank, or fails on every rank. Nothing inside may talk to the others.
@@ -114,7 +125,7 @@ class Ranks:
         if failed:
             kind = ValueError if all(refused for refused, _ in failed.values()) else RuntimeError
             said = "\n  ".join(f"rank {rank}: {text}" for rank, (_, text) in failed.items())
-            raise kind(f"{len(failed)} of {self.size} ranks cannot start:\n  {said}") from error
+            raise kind(f"{len(failed)} of {self.size} ranks cannot go on:\n  {said}") from error
 
     # Tensors.
 

@@ -67,7 +67,15 @@ def sum_gradients(ranks: Ranks, parameters: Sequence[Parameter]) -> None:
 
 
 def with_all_tokens(ranks: Ranks, output: TrainStepOutput) -> TrainStepOutput:
-    """For the log: `sae_in` and `sae_out` `[tokens, d_in]` of the whole step, and no `feature_acts`."""
+    """For the log: `sae_in` and `sae_out` `[tokens, d_in]` of the whole step, no `feature_acts`, and an architecture's own
+    metrics of the whole step (of those named `max_` and `min_` the largest and smallest, of others the mean)."""
     no_acts = output.sae_out.detach().new_empty(0, output.feature_acts.shape[1])
     sae_in, sae_out = ranks.rows(output.sae_in), ranks.rows(output.sae_out)
-    return dataclasses.replace(output, sae_in=sae_in, sae_out=sae_out, feature_acts=no_acts)
+    names = list(output.metrics)
+    seen = ranks.exchange([len(output.sae_in), *(float(output.metrics[name]) for name in names)])
+    means = (seen * seen[:, :1] / seen[:, 0].sum()).sum(0)
+    metrics: dict[str, float] = {}
+    for i, name in enumerate(names, 1):
+        extreme = {"max_": seen[:, i].max(), "min_": seen[:, i].min()}.get(name[:4])
+        metrics[name] = float(means[i] if extreme is None else extreme)
+    return dataclasses.replace(output, sae_in=sae_in, sae_out=sae_out, feature_acts=no_acts, metrics=metrics)

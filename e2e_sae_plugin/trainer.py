@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,9 +278,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         """Run the held-out evaluation now and log it, under `step` or the number of steps done."""
         if self.held_out_evaluator is not None:
             self.sae.eval()
-            self.last_evaluation = self.held_out_evaluator(self) if self.leads else {}
-            if self.ranks is not None:
-                self.last_evaluation = self.ranks.from_leader(self.last_evaluation)
+            evaluate = partial(self.held_out_evaluator, self)
+            self.last_evaluation = evaluate() if self.ranks is None else self.ranks.by_leader(evaluate)
             self.sae.train()
             self._log(self.last_evaluation, step)
             if not math.isfinite(self.last_evaluation.get("metrics/ce_loss_increase", 0.0)):

@@ -164,7 +164,7 @@ def start(size: int, runs: list[Run], folder: Path) -> list[BaseProcess]:
 def finish(processes: list[BaseProcess], folder: Path) -> list[list[End]]:
     """Of every rank, the ends of its runs; [] of one that did not come to its end."""
     for process in processes:
-        process.join(120)
+        process.join(60)
         assert process.exitcode is not None, f"a rank hangs: {logs(folder)}"
     files = [folder / f"ends{rank}.pt" for rank in range(len(processes))]
     return [torch.load(file, weights_only=False) if file.exists() else [] for file in files]
