@@ -178,17 +178,21 @@ class Ranks:
 
         The others return when it is done (`succeeded`), so that none ends, upon which `torchrun` would end all.
         """
-        with contextlib.suppress(RuntimeError):  # the store ends with the process that holds it
+        reached = False
+        try:
             self._store.set(f"left/{self.rank}", "1")
+            reached = self._store.check([f"left/{self.rank}"])  # a write alone does not fail
             until = time.monotonic() + TAKE_OVER_SECONDS
             while time.monotonic() < until:
-                lower = [rank for rank in range(self.rank) if self._store.check([f"left/{rank}"])]
-                if lower:
-                    self._wait_for(f"done/{lower[0]}")
+                if self._any_lower("left"):
+                    while not self._any_lower("done"):
+                        time.sleep(0.05)
                     return False
                 if self.leads:
                     break
                 time.sleep(0.05)
+        except RuntimeError:  # without torchrun the store ends with rank 0
+            return not reached  # which was there a moment ago, so it has ended by itself
         return True
 
     def succeeded(self) -> None:
@@ -196,9 +200,8 @@ class Ranks:
         with contextlib.suppress(RuntimeError):
             self._store.set(f"done/{self.rank}", "1")
 
-    def _wait_for(self, key: str) -> None:
-        while not self._store.check([key]):
-            time.sleep(0.05)
+    def _any_lower(self, word: str) -> bool:
+        return any(self._store.check([f"{word}/{rank}"]) for rank in range(self.rank))
 
     def speaks(self, text: str) -> bool:
         """Whether this rank prints `text`: rank 0 does, and another one where rank 0 has not said the same."""

@@ -430,13 +430,19 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             with contextlib.ExitStack() as held:
                 try:
                     held.enter_context(locked(*([] if self.leads else self._folders())))
-                except ValueError:  # rank 0 lives after all
+                except ValueError:  # another rank does
                     speaks = False
-                else:
+                speaks = speaks and (self.leads or not self._is_saved(trainer))
+                if speaks:
                     self._save_at_stop(trainer, why)
             self.ranks.succeeded()
         if lost and not speaks:
             raise SystemExit(1) from None
+
+    def _is_saved(self, trainer: E2ESAETrainer) -> bool:
+        """Whether another rank has written the checkpoint of the last complete step."""
+        there = [] if self.run_folder is None else self.run_folder.checkpoints()
+        return any(manifest["n_training_steps"] == trainer.n_training_steps for _, manifest in there)
 
     def _save_at_stop(self, trainer: E2ESAETrainer, why: str) -> Path | None:
         trainer.unfold()

@@ -5,12 +5,11 @@ The processes are forked from a server that has imported everything. One launch 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import faulthandler
 import logging
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 import warnings
@@ -24,6 +23,7 @@ from helpers import parameters_of, runner_config, tiny_hooked_transformer, token
 from torch import Tensor
 
 from e2e_sae_plugin import E2ESAETrainer, E2ESAETrainingRunner
+from e2e_sae_plugin.distributed import join
 
 # The server imports this module by name, and before Python 3.13 it does not get the path of who starts it.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).strip(
@@ -31,6 +31,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.envir
 )
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["ranked_runs"])
+STORES: list[torch.distributed.TCPStore] = []
 
 
 @dataclasses.dataclass
@@ -96,6 +97,7 @@ def do(run: Run) -> End:
     runner: _Runner | None = None
     error, status = None, None
     try:
+        join()  # as the command line does, so that other ranks do not repeat what SAELens's config logs
         config = runner_config(run.architecture, **{**run.settings, **run.per_rank.get(rank, {})})
         dataset = token_dataset(seed=rank if run.shuffled_by_rank else 0)
         if run.excluded is not None:
@@ -130,6 +132,7 @@ def _main(environment: dict[str, str], runs: list[Run], folder: Path) -> None:
     log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(50, file=os.fdopen(log, "w"))
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     warnings.simplefilter("ignore")
@@ -141,17 +144,18 @@ def _main(environment: dict[str, str], runs: list[Run], folder: Path) -> None:
     torch.save(ends, folder / f"ends{rank}.pt")
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(size: int, runs: list[Run], folder: Path) -> list[BaseProcess]:
     """`size` processes, as torchrun starts them; one has no environment of a launch."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = str(free_port())
-    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)  # as torchrun's agent does, it outlives the ranks
+    launch = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     processes: list[BaseProcess] = []
     for rank in range(size):
         environment = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
@@ -175,4 +179,16 @@ def launch(size: int, runs: list[Run], folder: Path) -> list[list[End]]:
 
 
 def logs(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text()[-3000:] for path in sorted(folder.glob("log*"))}
+    return {path.name: path.read_text() for path in sorted(folder.glob("log*"))}
+
+
+def signal_to(which: int, number: int, rank: int) -> None:
+    """For `Run.at_step`: rank `which` sends itself a signal."""
+    if rank == which:
+        os.kill(os.getpid(), number)
+
+
+def fail_on(which: int, rank: int) -> None:
+    """For `Run.at_step`: rank `which` raises an error of its own."""
+    if rank == which:
+        raise RuntimeError("out of memory, say")

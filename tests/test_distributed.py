@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import BUILT_IN_ARCHITECTURES
 from ranked_runs import End, Run, launch, logs
+from sae_lens.config import LoggingConfig
 
 from e2e_sae_plugin import Objective
 
@@ -21,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "eval_batch_size_prompts": 4,
     "store_batch_size_prompts": 8,
 }
+EVERY_STEP = LoggingConfig(log_to_wandb=False, wandb_log_frequency=1, eval_every_n_wandb_logs=1)
 VARIANTS: dict[str, Run] = {
     **{name: Run(name, SETTINGS) for name in BUILT_IN_ARCHITECTURES},
     "batchtopk, local": Run("batchtopk", {**SETTINGS, "objective": Objective.local()}),
@@ -44,7 +46,7 @@ VARIANTS: dict[str, Run] = {
     "decoder norms, frozen": Run(
         "topk", {**SETTINGS, "keep_decoder_norms": True, "frozen_parameters": ("b_enc",), "max_grad_norm": 0.01}
     ),
-    "early stop": Run("standard", {**SETTINGS, "patience_evaluations": 1, "lr": 0.3}),
+    "early stop": Run("standard", {**SETTINGS, "patience_evaluations": 1, "lr": 3.0, "logger": EVERY_STEP}),
 }
 
 
