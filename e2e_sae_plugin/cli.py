@@ -51,9 +51,9 @@ commands:
   demo       train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
 
 e2e-sae <command> --help explains a command.
-Several GPUs or machines: torchrun --nproc-per-node N -m e2e_sae_plugin train ... (finetune too)."""
+Several GPUs or machines: torchrun --nproc-per-node N -m e2e_sae_plugin train ..."""
 
-ON_SEVERAL_RANKS = ("train", "finetune")
+ON_SEVERAL_RANKS = ("train",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

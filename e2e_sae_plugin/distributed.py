@@ -222,8 +222,8 @@ def _reaching(operation: Callable[[], Any]) -> None:
         operation()
     except RuntimeError as error:  # gloo and NCCL have no error of their own for it
         raise LostRankError(
-            "Another rank of this run has ended or cannot be reached, so none can go on. Start all of them again; the number "
-            "of ranks may be another."
+            "Another rank of this run has ended or cannot be reached, so none can go on. Start all of them again; their "
+            "number may be another."
         ) from error
 
 

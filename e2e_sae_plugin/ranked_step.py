@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
@@ -39,8 +40,8 @@ def check_digests(ranks: Ranks, digests: Sequence[float], step: int) -> None:
     if others:
         raise ValueError(
             f"At step {step} rank(s) {', '.join(map(str, others))} drew another batch than rank 0, but all {ranks.size} "
-            "ranks have to draw the same ones. Give all of them the same dataset, in the same order (give a shuffle() its seed), "
-            "and the same tokenizer."
+            "ranks have to draw the same ones. Give all of them the same dataset, in the same order (give a shuffle() its "
+            "seed), and the same tokenizer."
         )
 
 
@@ -72,9 +73,10 @@ def with_all_tokens(ranks: Ranks, output: TrainStepOutput) -> TrainStepOutput:
     no_acts = output.sae_out.detach().new_empty(0, output.feature_acts.shape[1])
     sae_in, sae_out = ranks.rows(output.sae_in), ranks.rows(output.sae_out)
     names = list(output.metrics)
-    seen = ranks.exchange([len(output.sae_in), *(float(output.metrics[name]) for name in names)])
+    mine = [float(value() if callable(value) else value) for value in output.metrics.values()]
+    seen = ranks.exchange([len(output.sae_in), *mine])
     means = (seen * seen[:, :1] / seen[:, 0].sum()).sum(0)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     for i, name in enumerate(names, 1):
         extreme = {"max_": seen[:, i].max(), "min_": seen[:, i].min()}.get(name[:4])
         metrics[name] = float(means[i] if extreme is None else extreme)

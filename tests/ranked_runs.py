@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from helpers import parameters_of, runner_config, tiny_hooked_transformer, token_dataset, training_sae
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from e2e_sae_plugin import E2ESAETrainer, E2ESAETrainingRunner
 from e2e_sae_plugin.distributed import join
@@ -31,7 +32,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.envir
 )
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["ranked_runs"])
-STORES: list[torch.distributed.TCPStore] = []
+STORES: list[TCPStore] = []
 
 
 @dataclasses.dataclass
@@ -147,7 +148,7 @@ def _main(environment: dict[str, str], runs: list[Run], folder: Path) -> None:
 def start(size: int, runs: list[Run], folder: Path) -> list[BaseProcess]:
     """`size` processes, as torchrun starts them; one has no environment of a launch."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     STORES.append(store)  # as torchrun's agent does, it outlives the ranks
     launch = {
         "MASTER_ADDR": "127.0.0.1",

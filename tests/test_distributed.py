@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +96,11 @@ def test_the_variants_show_what_they_are_for(ends: dict[int, list[list[End]]]) -
     def of(name: str) -> End:
         return ends[1][0][list(VARIANTS).index(name)]
 
-    assert max(m.get("losses/auxiliary_reconstruction_loss", 0) for m in of("topk, auxiliary as a share of the KL").metrics) > 0
+    assert (
+        max(
+            m.get("losses/auxiliary_reconstruction_loss", 0) for m in of("topk, auxiliary as a share of the KL").metrics
+        )
+        > 0
+    )
     assert int(of("early stop").statistics["counts"][1]) < 10
     assert int(of("parts without tokens").statistics["counts"][0]) < 0.25 * 640

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
+from helpers import runner_config
 from ranked_runs import End, Run, fail_on, finish, launch, logs, signal_to, start
 from test_distributed import SETTINGS, difference
 
+from e2e_sae_plugin import Objective
 from e2e_sae_plugin.checkpoint import verify_checkpoint
 from e2e_sae_plugin.checkpoint.folder import read_manifest
+from e2e_sae_plugin.distributed import Ranks
+from e2e_sae_plugin.rank_checks import check_ranks
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -81,7 +90,10 @@ def test_a_killed_rank_ends_the_others_with_one_message_and_a_checkpoint(
 def test_a_run_whose_rank_was_killed_goes_on_with_fewer(reference: End, tmp_path: Path) -> None:
     kill = {6: partial(signal_to, 3, signal.SIGKILL)}
     ends = launch(4, [Run("batchtopk", settings(tmp_path), at_step=kill)], tmp_path)
-    assert [end.status if end.error is None else end.error.split(":")[0] for each in ends[1:3] for end in each] == [1, 1]
+    assert [end.status if end.error is None else end.error.split(":")[0] for each in ends[1:3] for end in each] == [
+        1,
+        1,
+    ]
     assert (ends[0][0].error or "").startswith("LostRankError: Another rank of this run has ended")
     assert max(end.seconds for each in ends for end in each) < 30
     (checkpoint,) = checkpoints(tmp_path)
@@ -102,8 +114,12 @@ def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rank_0_alone_writes_and_prints(tmp_path: Path) -> None:
-    run = Run("topk", settings(tmp_path, checkpoint_every_minutes=1e-9, keep_checkpoints=3, resume_from_checkpoint=None))
-    alone = launch(1, [Run("topk", settings(tmp_path / "alone", resume_from_checkpoint=None))], tmp_path / "alone")[0][0]
+    run = Run(
+        "topk", settings(tmp_path, checkpoint_every_minutes=1e-9, keep_checkpoints=3, resume_from_checkpoint=None)
+    )
+    alone = launch(1, [Run("topk", settings(tmp_path / "alone", resume_from_checkpoint=None))], tmp_path / "alone")[0][
+        0
+    ]
     for (end,) in launch(2, [run], tmp_path):
         assert end.error is None, logs(tmp_path)
         assert difference(alone.weights, end.weights) < 1e-6  # the SAE that run() returns, folded, on every rank
@@ -122,26 +138,43 @@ def test_rank_0_alone_writes_and_prints(tmp_path: Path) -> None:
 def test_what_ranks_cannot_do_is_refused_on_all_of_them(tmp_path: Path) -> None:
     """One launch, since a refusal leaves the ranks together; each refusal is before anything is loaded."""
     cases: dict[str, Run] = {
-        r"train_batch_size_tokens=80 is one step of 10 sequences, which do not divide by 4 ranks. Nearest usable: 64 or 96.": Run(
+        "one step of 10 sequences, which do not divide by 4 ranks. Nearest usable: 64 or 96.": Run(
             settings={"train_batch_size_tokens": 80}
         ),
         "lr: 0.001 on rank(s) 0, 1, 2, 0.5 on rank(s) 3": Run(settings=SETTINGS, per_rank={3: {"lr": 0.5}}),
         "objective.mse: 0.0 on rank(s) 0, 2, 3": Run(
-            settings=SETTINGS, per_rank={1: {"objective": _objective_with_mse()}}
+            settings=SETTINGS, per_rank={1: {"objective": Objective(mse=0.5)}}
         ),
         "compile_sae=True is refused with 4 ranks": Run(settings={**SETTINGS, "compile_sae": True}),
         "drew another batch than rank 0": Run(settings=SETTINGS, shuffled_by_rank=True),
         "device='cuda' cannot be used here": Run(settings={**SETTINGS, "device": "cuda"}),
-        "rank 2: output": Run(settings=SETTINGS, per_rank={}),
     }
-    del cases["rank 2: output"]
     ends = launch(4, list(cases.values()), tmp_path)
     for index, text in enumerate(cases):
         for rank, each in enumerate(ends):
             assert text in (each[index].error or ""), (rank, each[index].error)
 
 
-def _objective_with_mse() -> Any:
-    from e2e_sae_plugin import Objective
+@pytest.mark.slow
+def test_torchrun_and_a_command_for_one_process() -> None:
+    """Refused, and said once."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    sweep = [*torchrun, "-m", "e2e_sae_plugin", "sweep", "--config", "none.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    refused = subprocess.run(sweep, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert refused.stderr.count("torchrun has started 2 processes of it. Start it once; each GPU") == 1
 
-    return Objective(mse=0.5)
+
+@pytest.mark.parametrize("name", ["device", "llm_device"])
+def test_devices_that_are_not_there_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = cast(Ranks, SimpleNamespace(size=4, local_size=4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = runner_config()
+    setattr(config, name, "cuda")
+    with pytest.raises(ValueError, match=r"4 ranks were started on this machine, which has 2 GPU\(s\)"):
+        check_ranks(config, ranks)
+    setattr(config, name, "cuda:1")
+    with pytest.raises(ValueError, match=rf"{name}='cuda:1' names one GPU for all 4 ranks"):
+        check_ranks(config, ranks)

@@ -19,9 +19,9 @@ from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.finetune.start import load_quietly
 from e2e_sae_plugin.interruption import StopRequest, run_interrupted, stop_on_signals
 from e2e_sae_plugin.output_folder import holds_another_run, is_finished, output_is_finished
+from e2e_sae_plugin.rank_checks import check_alone
 from e2e_sae_plugin.seekable_store import RowPosition
 from e2e_sae_plugin.splice.shared import SharedCleanPasses
-from e2e_sae_plugin.rank_checks import check_alone
 from e2e_sae_plugin.sweep.checkpoints import SweepCheckpoints
 from e2e_sae_plugin.sweep.config import SweepConfig, SweepMember
 from e2e_sae_plugin.sweep.member import FAILURE_FILENAME, MemberRunner
