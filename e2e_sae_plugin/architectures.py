@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -119,7 +119,11 @@ def sae_losses(output: TrainStepOutput, architecture: str) -> Iterable[tuple[str
 
 
 def combine_sae_losses(
-    output: TrainStepOutput, architecture: str, objective: Objective, spliced_value: Tensor
+    output: TrainStepOutput,
+    architecture: str,
+    objective: Objective,
+    spliced_value: Tensor,
+    of_step: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The part of the objective that is computed on the SAE alone.
 
@@ -127,6 +131,7 @@ def combine_sae_losses(
         output: SAELens's training forward pass.
         spliced_value: weighted value of the KL and downstream terms at this step, detached, which the default
             auxiliary weight is a share of.
+        of_step: from means over these tokens, `[n]`, to those over all tokens of the step; None where these are all.
 
     Returns:
         The weighted total, and every term detached and unweighted.
@@ -139,7 +144,7 @@ def combine_sae_losses(
         if kind in ("mse", "inner_level"):
             weight = objective.mse
         elif kind == "auxiliary":
-            weight = _auxiliary_weight(objective, architecture, spliced_value, value.detach())
+            weight = _auxiliary_weight(objective, architecture, spliced_value, value.detach(), of_step)
         if isinstance(weight, float | int) and weight == 0:
             continue  # keeps a term that is left out from costing a backward
         weighted = weight * value
@@ -148,12 +153,20 @@ def combine_sae_losses(
     return output.loss.new_zeros(()) if total is None else total, terms
 
 
-def _auxiliary_weight(objective: Objective, architecture: str, spliced_value: Tensor, value: Tensor) -> float | Tensor:
+def _auxiliary_weight(
+    objective: Objective,
+    architecture: str,
+    spliced_value: Tensor,
+    value: Tensor,
+    of_step: Callable[[Tensor], Tensor] | None,
+) -> float | Tensor:
     if objective.auxiliary is not None:
         return objective.auxiliary
     if objective.balance_kl:
         return 1.0
     if objective.mse > 0:
         return objective.mse
+    if of_step is not None:
+        spliced_value, value = of_step(torch.stack([spliced_value.to(value), value])).unbind()
     balanced = auxiliary_share(architecture) * spliced_value / value
     return torch.where(value > 0, balanced, torch.zeros_like(balanced))  # 0 where no feature is dead

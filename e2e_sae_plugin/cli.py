@@ -1,6 +1,7 @@
 """The command line: `e2e-sae <command>`."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -21,6 +22,7 @@ from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig, read_yaml
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
 from e2e_sae_plugin.convert.command import convert_command
 from e2e_sae_plugin.cost.command import estimate_command
+from e2e_sae_plugin.distributed import LostRankError, join, joined
 from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.finetune.command import finetune
 from e2e_sae_plugin.hub.pretrained_command import pretrained_command
@@ -28,6 +30,7 @@ from e2e_sae_plugin.hub.push_command import push_command
 from e2e_sae_plugin.interruption import RunInterrupted
 from e2e_sae_plugin.joint import MultiE2ESAERunnerConfig, MultiE2ESAETrainingRunner
 from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.rank_checks import check_alone
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
 from e2e_sae_plugin.sweep.command import sweep
 from e2e_sae_plugin.sweep.runner import SweepFailed
@@ -48,7 +51,10 @@ commands:
   convert    checkpoints and configs of the paper's authors' library -> SAELens SAEs
   demo       train a local, an e2e and an e2e+ds SAE on the bundled language model, offline, in minutes
 
-e2e-sae <command> --help explains a command."""
+e2e-sae <command> --help explains a command.
+Several GPUs or machines: torchrun --nproc-per-node N -m e2e_sae_plugin train ..."""
+
+ON_SEVERAL_RANKS = ("train",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,12 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The host's own line of code, warned about again and again where data are tensors already.
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     try:
+        if argv[0] not in ON_SEVERAL_RANKS:
+            _check_alone(argv[0])
         commands[argv[0]](argv[1:])
     except ValueError as error:
-        print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
+        _print_error(argv[0], error)
         return 2
-    except (OSError, NonFiniteError, SweepFailed) as error:
-        print(f"e2e-sae {argv[0]}: {error}", file=sys.stderr)
+    except (OSError, NonFiniteError, SweepFailed, LostRankError) as error:
+        _print_error(argv[0], error)
         return 1
     except RunInterrupted as interrupted:
         return 128 + interrupted.signal_number
@@ -91,13 +99,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_alone(command: str) -> None:
+    join()  # so that one rank can speak for all
+    check_alone(
+        f"e2e-sae {command}",
+        "Start it once; each GPU can train a part of a sweep: e2e-sae sweep --part I/N."
+        if command == "sweep"
+        else "Start it once, without torchrun.",
+    )
+
+
+def _print_error(command: str, error: Exception) -> None:
+    """Once, where all ranks have the same."""
+    ranks, text = joined(), f"e2e-sae {command}: {error}"
+    if ranks is None or ranks.speaks(text):
+        print(text, file=sys.stderr)
+
+
 def train(argv: Sequence[str]) -> None:
-    """Train from flags or from a YAML file: one SAE, or with `saes` in the file several."""
-    several = _config_of_several(argv)
+    """Train from flags or from a YAML file, by one process or by all that torchrun has started: one SAE, or with `saes` in
+    the file several."""
+    ranks = join()
+    with contextlib.nullcontext() if ranks is None else ranks.all_or_none():
+        several = _config_of_several(argv)
+        cfg = parse_train_config(argv) if several is None else None
     if several is not None:
+        check_alone("A run of several SAEs", "Start it once, without torchrun.")
         MultiE2ESAETrainingRunner(several).run()
-    else:
-        E2ESAETrainingRunner(parse_train_config(argv)).run()
+    elif cfg is not None:
+        E2ESAETrainingRunner(cfg).run()
 
 
 def _config_of_several(argv: Sequence[str]) -> MultiE2ESAERunnerConfig | None:

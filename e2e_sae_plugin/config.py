@@ -188,8 +188,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     @property
     def micro_batch_size_prompts(self) -> int:
         """Sequences that go through the model at once: the largest divisor of the step within `store_batch_size_prompts`."""
-        step = self.step_size_prompts
-        return max(n for n in range(1, min(step, self.store_batch_size_prompts) + 1) if step % n == 0)
+        return self.micro_batch_of(self.step_size_prompts)
+
+    def micro_batch_of(self, n_prompts: int) -> int:
+        """The same of one rank's part of a step."""
+        return max(n for n in range(1, min(n_prompts, self.store_batch_size_prompts) + 1) if n_prompts % n == 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, JSON-ready; `from_dict` reads it back. Its host part alone is `host_dict`."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from e2e_sae_plugin.step import SplicedStepTrainer
 
 
+NOT_AGAIN = "It did not come again when the batch was computed again: it depends on the order of the device's sums."
+"""What `find_fault` says where it finds nothing."""
+
+
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient; none of them has reached the weights."""
 
@@ -104,7 +108,7 @@ def _own_fault(trainer: SplicedStepTrainer, output: TrainStepOutput, objective: 
         gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
         if not all(gradient is None or _finite(gradient) for gradient in gradients):
             return f"The gradient of the SAE's own term {name} is not finite, while its value is."
-    return "It did not come again when the batch was computed again: it depends on the order of the device's sums."
+    return NOT_AGAIN
 
 
 def _spliced_fault(trainer: SplicedStepTrainer, objective: Objective, micro: MicroBatch, sae_out: Tensor) -> str | None:

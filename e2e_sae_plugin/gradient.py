@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from e2e_sae_plugin.architectures import (
     inner_reconstructions,
 )
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.distributed import Ranks
 from e2e_sae_plugin.kernels.heap import give_back
+from e2e_sae_plugin.kernels.ranked_topk import chosen_across
 from e2e_sae_plugin.kernels.sparse import fired_counts
 from e2e_sae_plugin.kernels.sparse_sae import SPARSE_DENSITY
 from e2e_sae_plugin.objective import Objective
@@ -48,6 +51,8 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
     excluded_tokens: Tensor | None
     kl_scale: Tensor | None
     """Of the last step, with `balance_kl`."""
+    _step_ranks: Ranks | None
+    """Between which the tokens of the current step are divided; None where this process has all of them."""
     _draws: np.random.Generator
     """Of the current step, with `kl_positions`; its micro-batches share it."""
 
@@ -65,7 +70,13 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
         separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
         separable &= not self.objective.balance_kl  # whose scale is known when the whole step's KL is
         separable &= not self._parts_cost_more(batch)
-        return batch.split(self.runner_cfg.micro_batch_size_prompts if separable else len(batch))
+        return batch.split(self._micro_batch_size(batch) if separable else len(batch))
+
+    def _micro_batch_size(self, batch: Tensor) -> int:
+        """Sequences of `batch` that go through the model at once."""
+        return (
+            self.runner_cfg.micro_batch_of(len(batch)) if self._step_ranks else self.runner_cfg.micro_batch_size_prompts
+        )
 
     def _parts_cost_more(self, batch: Tensor) -> bool:
         """Whether to run the SAE once takes less memory than micro-batches, whose gradients of full size are summed up.
@@ -80,7 +91,7 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
             density = float(self.act_freq_scores.mean()) / self.n_frac_active_samples
             if density < SPARSE_DENSITY / 2:  # by a margin: where it turns out dense after all, that takes more memory
                 return True
-        further_tokens = batch[self.runner_cfg.micro_batch_size_prompts :].numel()
+        further_tokens = batch[self._micro_batch_size(batch) :].numel()
         return kernels.takes_less_at_once(further_tokens, self.sae.cfg.d_in)
 
     def _forward_and_backward(self, tokens: Tensor, share: float, fired: Tensor) -> TrainStepOutput:
@@ -93,14 +104,17 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
         micro_batches = self.clean_micro_batches(
             tokens, hidden=self.objective.kl > 0, downstream=self.objective.beta > 0
         )
-        output = self.sae_forward(self.scaled_sae_in(micro_batches))
+        with chosen_across(self.sae, self._step_ranks):
+            output = self.sae_forward(self.scaled_sae_in(micro_batches))
         with torch.no_grad():
             fired += fired_counts(output.feature_acts)
         reconstructions = self.reconstructions(output)
         spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
         if self.objective.balance_kl:
-            spliced.scale(self._kl_scale(output, spliced))
-        sae_total, sae_terms = combine_sae_losses(output, self.sae.cfg.architecture(), self.objective, spliced.weighted)
+            spliced.scale(self._kl_scale(output, spliced, share))
+        sae_total, sae_terms = combine_sae_losses(
+            output, self.sae.cfg.architecture(), self.objective, spliced.weighted, self._of_step(share)
+        )
         # One backward through the SAE, from its own losses and from what the spliced passes ask of its output.
         roots = [(sae_total, torch.full_like(sae_total, share))]
         roots += [(r, g * share) for (_, _, r), g in zip(reconstructions, spliced.gradients, strict=True)]
@@ -126,7 +140,7 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
                     seqpos_slice=self.runner_cfg.seqpos_slice,
                     excluded=self.excluded_tokens,
                 )
-                for chunk in tokens.split(self.runner_cfg.micro_batch_size_prompts)
+                for chunk in tokens.split(self._micro_batch_size(tokens))
             ]
 
     def scaled_sae_in(self, micro_batches: list[MicroBatch]) -> Tensor:
@@ -189,14 +203,23 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
             head = self.runner_cfg.hook_head_index
             return spliced_terms(self.spliced_model, self.objective, micro_batches, reconstructions, head, self._draws)
 
-    def _kl_scale(self, output: TrainStepOutput, spliced: SplicedTerms) -> Tensor:
+    def _of_step(self, share: float) -> Callable[[Tensor], Tensor] | None:
+        """From means over this rank's tokens, a `share` of the step's, to those of the step; None where it has them all."""
+        ranks = self._step_ranks
+        return None if ranks is None else lambda means: ranks.summed(means * share)
+
+    def _kl_scale(self, output: TrainStepOutput, spliced: SplicedTerms, share: float) -> Tensor:
         """`alpha = MSE / KL` of the step; the KL has a floor, below which there is nothing to gain."""
         if "mse_loss" not in output.losses:
             raise ValueError(
                 f"objective.balance_kl needs a loss named 'mse_loss', but architecture {self.sae.cfg.architecture()!r} "
                 f"names {sorted(output.losses)}. Name it, or set objective.balance_kl=False."
             )
-        self.kl_scale = output.losses["mse_loss"].detach() / spliced.named["kl_loss"].clamp(min=KL_FLOOR)
+        mse, kl = output.losses["mse_loss"].detach(), spliced.named["kl_loss"]
+        of_step = self._of_step(share)
+        if of_step is not None:
+            mse, kl = of_step(torch.stack([mse, kl.to(mse)])).unbind()
+        self.kl_scale = mse / kl.clamp(min=KL_FLOOR)
         return self.kl_scale
 
     def model_autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 
 def _raw_activations(trainer: E2ESAETrainer) -> Iterator[Tensor]:
-    """`[tokens, d_in]` of one batch after the other."""
+    """`[tokens, d_in]` of one batch after the other. Ranks each run a part of it through the model, and get all of it."""
+    ranks = trainer.ranks
     for tokens in trainer.data_provider:
-        trainer.stop_if_asked()
-        yield trainer.raw_sae_in(trainer.clean_micro_batches(tokens))
+        trainer.stop_if_any_rank_is_asked()
+        own = tokens if ranks is None else ranks.part_of(tokens)
+        raw = trainer.raw_sae_in(trainer.clean_micro_batches(own))
+        yield raw if ranks is None else ranks.rows(raw)
 
 
 def estimate_activation_scaling(trainer: E2ESAETrainer) -> None:
@@ -29,11 +32,15 @@ def estimate_activation_scaling(trainer: E2ESAETrainer) -> None:
     }.get(trainer.sae.cfg.normalize_activations)
     if estimate is None or scaler.scaling_factor is not None or scaler.whitening is not None:
         return
-    estimate(
-        d_in=trainer.sae.cfg.d_in,
-        data_provider=_raw_activations(trainer),
-        n_batches_for_norm_estimate=trainer.cfg.n_batches_for_norm_estimate,
-    )
+    n_batches, activations = trainer.cfg.n_batches_for_norm_estimate, _raw_activations(trainer)
+    if trainer.leads:
+        estimate(d_in=trainer.sae.cfg.d_in, data_provider=activations, n_batches_for_norm_estimate=n_batches)
+    else:
+        for _ in itertools.islice(activations, n_batches):
+            pass
+    if trainer.ranks is not None:
+        found = trainer.ranks.from_leader((scaler.scaling_factor, scaler.whitening))
+        scaler.scaling_factor, scaler.whitening = found
 
 
 @torch.no_grad()

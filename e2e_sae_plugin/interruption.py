@@ -47,12 +47,15 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(*, says_so: bool = True) -> Iterator[StopRequest]:
     """Note the first of `SIGNALS` in the request that is handed out, instead of acting on it.
 
     A second signal acts at once: SIGINT raises `KeyboardInterrupt`, the others end the process. The handlers before are
     restored after. A signal that was ignored before (`nohup`, a shell's background jobs) stays ignored. Outside the main
     thread, where Python allows no handlers, nothing is touched.
+
+    Args:
+        says_so: write a line to stderr when the first one comes.
     """
     request = StopRequest()
 
@@ -64,6 +67,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
         # Not through logging or print, whose streams the signal may have interrupted in the middle of a write.
         name = signal.Signals(number).name
+        if not says_so:
+            return
         with contextlib.suppress(OSError):
             os.write(2, f"\n{name}: stopping after this step. A second signal stops at once.\n".encode())
 

@@ -16,6 +16,7 @@ from e2e_sae_plugin.checkpoint.folder import whole_files, write_whole
 logger = logging.getLogger(__name__)
 
 METRICS_FILENAME = "metrics.jsonl"
+UNKNOWN_LENGTH = 2**62
 
 
 class MetricsLog:
@@ -27,13 +28,15 @@ class MetricsLog:
         folder: where `metrics.jsonl` is written; None for no file.
         to_wandb: also call `wandb.log` (the runner has called `wandb.init`).
         resume: keep the lines of an earlier run, up to those that `resume` says; otherwise the file starts empty.
+        kept_by_another: another process writes the run's log, and this one, with no folder, nothing. Of a checkpoint that
+            it writes in that one's place, the log is cut by its steps and not by its length.
     """
 
-    def __init__(self, folder: Path | None, to_wandb: bool, resume: bool = False):
+    def __init__(self, folder: Path | None, to_wandb: bool, resume: bool = False, kept_by_another: bool = False):
         self.to_wandb = to_wandb
         self.path: Path | None = None
         self._pending = ""
-        self._n_bytes = 0
+        self._n_bytes = UNKNOWN_LENGTH if kept_by_another else 0
         self._last_line = ""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,10 @@ class Progress:
     Args:
         total: tokens of the whole run.
         done: tokens that an earlier part of the run has seen.
+        shown: False for no bar.
     """
 
-    def __init__(self, total: int, done: int):
+    def __init__(self, total: int, done: int, *, shown: bool = True):
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=done,
@@ -28,6 +29,7 @@ class Progress:
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
+            disable=not shown,
         )
         self._shown = 0.0
 
@@ -39,6 +41,8 @@ class Progress:
 
     def show(self, step: int, n_tokens: int, output: TrainStepOutput, l0: Tensor, *, now: bool = False) -> None:
         """Bring the bar up to date, at most every `MIN_SECONDS` unless `now`: reading losses waits for the device."""
+        if self._bar.disable:
+            return
         if not now and time.monotonic() - self._shown < MIN_SECONDS:
             return
         terms = {name.removesuffix("_loss"): f"{float(value):.4g}" for name, value in output.losses.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import warnings
@@ -27,6 +28,7 @@ from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
+from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
@@ -38,6 +40,7 @@ from e2e_sae_plugin.preflight import (
     check_model_shape,
     check_wandb_login,
 )
+from e2e_sae_plugin.rank_checks import check_ranks, check_same, check_same_config
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 from e2e_sae_plugin.summary import summarise
@@ -54,7 +57,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     * a held-out evaluation and `metrics.jsonl` with Weights & Biases or without, a summary at the end;
     * the objective goes into the SAE's metadata, the whole config into `e2e_runner_cfg.json` beside SAELens's files;
     * checkpoints from which a run goes on exactly, written by the clock too, and before an interrupted or failing run ends;
-    * what can be known to fail is refused before anything is loaded.
+    * what can be known to fail is refused before anything is loaded;
+    * started by `torchrun`, each of its processes builds and runs it alike, and they train together (docs/many_devices.md).
 
     Args:
         cfg: the run's config.
@@ -80,9 +84,34 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
         override_evaluation_tokens: Tensor | None = None,
     ):
-        if cfg.logger.log_to_wandb:
+        self.ranks = join()
+        if self.ranks is None:
+            self._load(cfg, override_dataset, override_model, override_sae, override_evaluation_tokens)
+            return
+        check_same_config(cfg, self.ranks)
+        with self.ranks.all_or_none():
+            check_ranks(cfg, self.ranks)
+        self.ranks.use_device(str(cfg.device))
+        with self.ranks.all_or_none():
+            self._load(cfg, override_dataset, override_model, override_sae, override_evaluation_tokens)
+        where = "Give all of them the same files, on a disk that they share."
+        check_same("the checkpoint to go on from", self.resumed_from, self.ranks, where)
+        check_same("whether output_path holds the finished run", self.is_finished, self.ranks, where)
+        check_same("the model's or the given SAE's weights", self.identity, self.ranks, where)
+
+    def _load(
+        self,
+        cfg: E2ESAERunnerConfig,
+        override_dataset: HfDataset | None,
+        override_model: Any,
+        override_sae: TrainingSAE[Any] | None,
+        override_evaluation_tokens: Tensor | None,
+    ) -> None:
+        """What this process can build by itself; refuses first what can be known to fail."""
+        if cfg.logger.log_to_wandb and self.leads:
             check_wandb_login()
-        warn_without_token(cfg)
+        if self.leads:
+            warn_without_token(cfg)
         check_device(cfg)
         by_name = tuple(n for n, given in (("model", override_model), ("dataset", override_dataset)) if given is None)
         if override_model is None:
@@ -95,7 +124,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.resumed_from = None if self.is_finished else find_checkpoint(cfg, self.identity)
         self.run_folder = run_folder_of(cfg, self.resumed_from)
         sae = build_sae(cfg) if override_sae is None else override_sae
-        if not self.is_finished:
+        if not self.is_finished and self.leads:
             check_folders(cfg, sae, self.run_folder, self.resumed_from)
         if override_model is None:
             check_model_shape(cfg)
@@ -126,14 +155,21 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             check_evaluation_tokens(held_out, cfg.context_size, self.spliced_model.vocabulary)
         self.evaluation_tokens = held_out if cfg.n_eval_batches > 0 else None
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes, prints and logs: the only one, or rank 0."""
+        return self.ranks is None or self.ranks.leads
+
     def run(self) -> SAE[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train, save, share if that is asked, and return the SAE; of a run that `"auto"` finds finished, the SAE that it
-        has saved.
+        has saved. Every rank returns the SAE.
 
         Re-implemented because the host builds its trainer inside `run`; a test fails when the installed host's version
         of it changes.
         """
         sae = self._train_and_save()
+        if not self.leads:
+            return sae
         push = push_finished_run(self.cfg, self.run_folder or run_folder_of(self.cfg, None))
         if push is not None:
             self._say(f"\n{push}")
@@ -142,8 +178,10 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     def _train_and_save(self) -> SAE[Any]:
         if self.is_finished:
             assert self.cfg.output_path is not None
-            with locked(Path(self.cfg.output_path)):
-                self._clear_leftovers()
+            if self.leads:
+                with locked(Path(self.cfg.output_path)):
+                    self._clear_leftovers()
+            self._wait_for_leader()
             self._say(f"This run is finished: its SAE is in {self.cfg.output_path}. There is nothing to do.")
             return SAE.load_from_disk(self.cfg.output_path, device=str(self.cfg.device))
         if self.has_run:
@@ -152,25 +190,25 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 "interrupted run, with resume_from_checkpoint set."
             )
         self.has_run = True
-        output = None if self.cfg.output_path is None else Path(self.cfg.output_path)
-        with (
-            locked(*([] if output is None else [output]), *self._checkpoint_folders()),
-            stop_on_signals() as stop_request,
-        ):
-            if self.cfg.logger.log_to_wandb:
-                self._start_wandb()
-            trainer = self._claim_output_and_build_trainer()
-            trainer.stop_request = stop_request
+        with contextlib.ExitStack() as held, stop_on_signals(says_so=self.leads) as stop_request:
+            with contextlib.nullcontext() if self.ranks is None else self.ranks.all_or_none():
+                held.enter_context(locked(*self._folders()) if self.leads else contextlib.nullcontext())
+                if self.cfg.logger.log_to_wandb and self.leads:
+                    self._start_wandb()
+                trainer = self._claim_output_and_build_trainer()
+                trainer.stop_request = stop_request
+                if self.resumed_from is not None:
+                    trainer.load_trainer_state(self.resumed_from)
             if self.resumed_from is not None:
-                trainer.load_trainer_state(self.resumed_from)
                 self._say(f"Resumed from {self.resumed_from}, after step {trainer.n_training_steps}.")
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
-            if self.cfg.output_path is not None:
+            if self.cfg.output_path is not None and self.leads:
                 self._save_or_keep_resumable(trainer, self.cfg.output_path)
-            if self.cfg.logger.log_to_wandb:
+            self._wait_for_leader()
+            if self.cfg.logger.log_to_wandb and self.leads:
                 wandb.finish()
-            if self.cfg.verbose:
+            if self.cfg.verbose and self.leads:
                 tqdm.write(self._summary(trainer))
         if stop_request.signal_number is not None:  # it came when the last step was done
             logger.warning("The run was finished and saved when the signal came; there is nothing to resume.")
@@ -180,21 +218,38 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     def _claim_output_and_build_trainer(self) -> E2ESAETrainer:
         """The first things that a run does once its folders are its own."""
         self._set_sae_metadata()
-        self._clear_leftovers()
-        if self.cfg.output_path is not None:
+        if self.leads:
+            self._clear_leftovers()
+        if self.cfg.output_path is not None and self.leads:
             mark_output(self.cfg, Path(self.cfg.output_path), starts_anew=self.resumed_from is None)
         return self._build_trainer()
 
     def _say(self, text: str) -> None:
         """What a user has to see, also in a script that has not set up logging."""
+        if not self.leads:
+            return
         if self.cfg.verbose:
             tqdm.write(text)
         else:
             logger.info("%s", text)
 
-    def _checkpoint_folders(self) -> list[Path]:
-        """The folder of the run's checkpoints, once there is one."""
-        return [self.run_folder.path] if self.run_folder is not None and self.run_folder.path.is_dir() else []
+    def _folders(self) -> list[Path]:
+        """That the run writes into: its output, and that of its checkpoints, once there is one."""
+        output = [] if self.cfg.output_path is None else [Path(self.cfg.output_path)]
+        has_checkpoints = self.run_folder is not None and self.run_folder.path.is_dir()
+        return output + ([self.run_folder.path] if self.run_folder is not None and has_checkpoints else [])
+
+    def _wait_for_leader(self) -> None:
+        """Until rank 0 has come here too.
+
+        Raises:
+            SystemExit: it has not, and has said why.
+        """
+        if self.ranks is not None:
+            try:
+                self.ranks.from_leader(None)
+            except LostRankError:
+                raise SystemExit(1) from None
 
     # The parts, each replaceable by a subclass.
 
@@ -235,15 +290,17 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             spliced_model=self.spliced_model,
             data_provider=self.tokens,
             metrics_log=MetricsLog(
-                Path(output) if output is not None else None,
-                to_wandb=self.cfg.logger.log_to_wandb,
+                Path(output) if output is not None and self.leads else None,
+                to_wandb=self.cfg.logger.log_to_wandb and self.leads,
                 resume=self.resumed_from is not None,
+                kept_by_another=not self.leads,
             ),
             held_out_evaluator=None if self.evaluation_tokens is None else self._evaluate,
             save_checkpoint_fn=self.save_checkpoint,
             excluded_tokens=self.activations_store.exclude_special_tokens,
             run_folder=self.run_folder,
             identity=self.identity,
+            ranks=self.ranks,
         )
 
     def _evaluate(self, trainer: E2ESAETrainer) -> dict[str, float]:
@@ -343,15 +400,49 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             return trainer.fit()
         except Stopped:
             number = trainer.stop_request.signal_number
-            checkpoint = self._save_at_stop(trainer, signal.Signals(number).name)
+            checkpoint = self._save_at_stop(trainer, signal.Signals(number).name) if self.leads else None
+            if self.ranks is not None:  # the others stay until it is saved: where one ends, torchrun ends all
+                checkpoint = self.ranks.from_leader(checkpoint)
             raise run_interrupted(number, checkpoint) from None
         except KeyboardInterrupt:
             if trainer.checkpointer.last is not None:
                 logger.warning("Stopped at once. %s", self._how_to_resume(trainer.checkpointer.last))
             raise
         except Exception as error:
-            self._save_at_stop(trainer, type(error).__name__)
+            if self.ranks is None:
+                self._save_at_stop(trainer, type(error).__name__)
+            else:
+                self._end_ranks(trainer, error)
             raise
+
+    def _end_ranks(self, trainer: E2ESAETrainer, error: Exception) -> None:
+        """Rank 0 saves and says how to go on; the lowest that is left does, where rank 0 is lost.
+
+        Raises:
+            SystemExit: another rank speaks for a lost one.
+        """
+        assert self.ranks is not None
+        lost = isinstance(error, LostRankError)
+        why = f"A rank of {self.ranks.size} was lost" if lost else type(error).__name__
+        speaks = self.ranks.is_successor() and (self.leads or lost)
+        if speaks:
+            trainer.takes_over = True
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(locked(*([] if self.leads else self._folders())))
+                except ValueError:  # another rank does
+                    speaks = False
+                speaks = speaks and (self.leads or not self._is_saved(trainer))
+                if speaks:
+                    self._save_at_stop(trainer, why)
+            self.ranks.succeeded()
+        if lost and not speaks:
+            raise SystemExit(1) from None
+
+    def _is_saved(self, trainer: E2ESAETrainer) -> bool:
+        """Whether another rank has written the checkpoint of the last complete step."""
+        there = [] if self.run_folder is None else self.run_folder.checkpoints()
+        return any(manifest["n_training_steps"] == trainer.n_training_steps for _, manifest in there)
 
     def _save_at_stop(self, trainer: E2ESAETrainer, why: str) -> Path | None:
         trainer.unfold()
@@ -366,7 +457,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if checkpoint is None and steps > 0 and self.run_folder is None:
             done = "There is no checkpoint: checkpoint_path is None"
         how = "" if checkpoint is None else " " + self._how_to_resume(checkpoint)
-        logger.warning("%s at step %d. %s.%s", why, steps, done, how)
+        # At a level that other ranks than 0 log too, should one of them have to save.
+        level = logging.WARNING if self.leads else logging.ERROR
+        logger.log(level, "%s at step %d. %s.%s", why, steps, done, how)
         return checkpoint
 
     def _how_to_resume(self, checkpoint: Path) -> str:

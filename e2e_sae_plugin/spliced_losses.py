@@ -130,10 +130,11 @@ def check_kl_top_k(model: SplicedModel, top_k: int) -> LinearHead:
     return model.unembed
 
 
-def position_draws(seed: int, step: int) -> np.random.Generator:
+def position_draws(seed: int, step: int, rank: int = 0) -> np.random.Generator:
     """What the positions of one step are drawn from: its number decides, so a resumed run draws what the run would have
-    drawn. Independent of torch's generators with the same seed, one of which draws the Matryoshka level."""
-    return np.random.default_rng([int(seed) % 2**64, step])
+    drawn. Independent of torch's generators with the same seed, one of which draws the Matryoshka level. Each rank draws
+    its own."""
+    return np.random.default_rng([int(seed) % 2**64, step, *([rank] if rank else [])])
 
 
 def draw_positions(n_tokens: int, share: float, draws: np.random.Generator) -> Tensor | None:

@@ -19,10 +19,13 @@ from e2e_sae_plugin.adapters import build_adapter
 from e2e_sae_plugin.checkpoint.state import State, capture
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.constraints import DecoderNorms, freeze
+from e2e_sae_plugin.distributed import Ranks
 from e2e_sae_plugin.early_stop import EarlyStop
-from e2e_sae_plugin.faults import NonFiniteError, StepStatistics, find_fault
+from e2e_sae_plugin.faults import NOT_AGAIN, NonFiniteError, StepStatistics, find_fault
 from e2e_sae_plugin.gradient import GradientTrainer
+from e2e_sae_plugin.kernels.ranked_topk import share_threshold
 from e2e_sae_plugin.metrics_log import MetricsLog
+from e2e_sae_plugin.ranked_step import check_digests, digest, dividing, sum_gradients, sum_statistics
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import trained_tokens
 from e2e_sae_plugin.spliced_losses import position_draws
@@ -53,6 +56,7 @@ class SplicedStepTrainer(GradientTrainer):
         metrics_log: MetricsLog,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
         excluded_tokens: Tensor | None = None,
+        ranks: Ranks | None = None,
     ):
         super().__init__(
             cfg=cfg.to_sae_trainer_config(),
@@ -61,6 +65,7 @@ class SplicedStepTrainer(GradientTrainer):
             save_checkpoint_fn=save_checkpoint_fn,
         )
         self.runner_cfg = cfg
+        self.ranks, self._step_ranks = ranks, None
         freeze(sae, cfg.frozen_parameters)
         self.decoder_norms = DecoderNorms(sae) if cfg.keep_decoder_norms else None
         self.adapter = build_adapter(sae, cfg.adapter, cfg.adapter_rank, cfg.frozen_parameters, cfg.seed)
@@ -108,15 +113,18 @@ class SplicedStepTrainer(GradientTrainer):
                 f"{self.runner_cfg.exclude_special_tokens!r}, so there is nothing to train on."
             )
         fired = torch.zeros_like(self.act_freq_scores)
-        self._draws = position_draws(self.runner_cfg.seed, self.n_training_steps)
+        self._divide(batch)
+        own = batch if self._step_ranks is None else self._step_ranks.part_of(batch)
         before = StepStatistics(self)
         try:
-            for tokens in self._sae_batches(batch):
+            for tokens in self._sae_batches(own):
                 share = self._n_trained_tokens(tokens) / n_tokens
                 if share > 0:
                     outputs.append(self._forward_and_backward(tokens, share, fired))
                     shares.append(share)
             output = merge_step_outputs(outputs, shares)
+            if self.ranks is not None:
+                output = self._add_up(batch, output, fired)
             self._count_firing(fired, n_tokens)
             finite = self._clip_gradients() and bool(torch.isfinite(output.loss))
         except BaseException:
@@ -133,6 +141,31 @@ class SplicedStepTrainer(GradientTrainer):
         self.n_training_samples += batch.shape[0] * self.runner_cfg.training_context_size
         self.is_updating = False
         return output
+
+    def _divide(self, batch: Tensor) -> None:
+        """Decide whose tokens the step's are, and from what their positions are drawn."""
+        self._step_ranks = None if self.ranks is None else dividing(self.ranks, batch, self._n_trained_tokens)
+        rank = 0 if self._step_ranks is None else self._step_ranks.rank
+        self._draws = position_draws(self.runner_cfg.seed, self.n_training_steps, rank)
+
+    def _add_up(self, batch: Tensor, output: TrainStepOutput, fired: Tensor) -> TrainStepOutput:
+        """What each rank has of the step's loss and statistics, all but the gradients."""
+        assert self.ranks is not None
+        # First, and by way of the CPU: where a rank is gone, NCCL would wait for it.
+        news = self.ranks.exchange([digest(batch), *self._news()])
+        check_digests(self.ranks, news[:, 0].tolist(), self.n_training_steps)
+        self._hear(news[:, 1:])
+        if self._step_ranks is None:
+            return output
+        share_threshold(self.sae, self._step_ranks, bool(fired.any()))
+        return sum_statistics(self._step_ranks, output, fired)
+
+    def _news(self) -> list[float]:
+        """What all ranks have to know of this one once a step."""
+        return []
+
+    def _hear(self, news: Tensor) -> None:
+        """Every rank's `_news`, `[size, n]`, the same on all ranks."""
 
     def _n_trained_tokens(self, tokens: Tensor) -> int:
         mask = trained_tokens(tokens, self.runner_cfg.seqpos_slice, self.excluded_tokens)
@@ -154,6 +187,8 @@ class SplicedStepTrainer(GradientTrainer):
         if self.adapter is not None:
             self.adapter.pull_gradients()
         limit, trained = self.runner_cfg.max_grad_norm, list(self.trained_parameters().values())
+        if self._step_ranks is not None:
+            sum_gradients(self._step_ranks, trained)
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         norm = float(self.grad_norm)
         # torch's clip_grad_norm_ multiplies by 1 what is within the limit: one more pass over all gradients.
@@ -194,7 +229,7 @@ class SplicedStepTrainer(GradientTrainer):
             return
         source = self.data_provider
         place = f"The batch: {source.describe_last_batch()}." if isinstance(source, TokenStream) else ""
-        fault = f"{find_fault(self, batch)} {place}".strip()
+        fault = f"{self._find_fault(batch)} {place}".strip()
         if too_many:
             self.last_good_state = self._good_state
             raise NonFiniteError(
@@ -202,3 +237,12 @@ class SplicedStepTrainer(GradientTrainer):
                 f"loss or gradient that is not finite. None of them has reached the weights. {fault}"
             )
         logger.warning("Step %d is skipped: its loss or gradient is not finite. %s", self.n_training_steps, fault)
+
+    def _find_fault(self, batch: Tensor) -> str:
+        """In this rank's part, or the first of the ranks' parts that has one."""
+        ranks = self._step_ranks
+        if ranks is None:
+            return find_fault(self, batch)
+        found = ranks.gather(find_fault(self, ranks.part_of(batch)))
+        faults = [f"{fault} (Of rank {rank}.)" for rank, fault in enumerate(found) if fault != NOT_AGAIN]
+        return faults[0] if faults else NOT_AGAIN

@@ -32,12 +32,13 @@ def merge_step_outputs(outputs: Sequence[TrainStepOutput], shares: Sequence[floa
     Args:
         outputs: of the batches, in the order of their tokens.
         shares: each batch's share of the step's tokens. `loss` and `losses` are means over a batch's tokens of its own,
-            so their means over the step are these weighted sums.
+            so their means over the step are these weighted sums. On one of several ranks they add up to its own share,
+            and the sums to its part of the step's.
 
     `hidden_pre`, and `feature_acts` that are large, are only kept where there is one batch: see `without_large_tensors`.
     """
     if len(outputs) == 1:
-        return outputs[0]
+        return outputs[0] if shares[0] == 1 else _weighted(outputs[0], shares[0])
     kept = [output.feature_acts for output in outputs if len(output.feature_acts)]
     whole = len(kept) == len(outputs)  # not, where a sparse batch follows large dense ones
     acts = concatenate_acts(kept) if whole else outputs[0].sae_out.new_empty(0, outputs[0].feature_acts.shape[1])
@@ -49,6 +50,11 @@ def merge_step_outputs(outputs: Sequence[TrainStepOutput], shares: Sequence[floa
         loss=_weighted_sum([output.loss for output in outputs], shares),
         losses={name: _weighted_sum([output.losses[name] for output in outputs], shares) for name in outputs[0].losses},
     )
+
+
+def _weighted(output: TrainStepOutput, share: float) -> TrainStepOutput:
+    losses = {name: value.detach() * share for name, value in output.losses.items()}
+    return dataclasses.replace(output, loss=output.loss.detach() * share, losses=losses)
 
 
 def _weighted_sum(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from e2e_sae_plugin.checkpoint.finished import fold_activation_scaling
 from e2e_sae_plugin.checkpoint.folder import CheckpointKind
 from e2e_sae_plugin.checkpoint.run_folder import RunFolder
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.distributed import Ranks
 from e2e_sae_plugin.initialisation import estimate_activation_scaling, initialise_b_dec
 from e2e_sae_plugin.interruption import StopRequest
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.progress import Progress
+from e2e_sae_plugin.ranked_step import with_all_tokens
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.step import SplicedStepTrainer
 
@@ -62,6 +65,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         excluded_tokens: ids of tokens that are not trained on.
         run_folder: where checkpoints go; None for nowhere.
         identity: fingerprints of what the run depends on besides its config, for the checkpoints.
+        ranks: the processes that train together, each with its part of every batch; None for this one alone. All of them
+            get the same batches; rank 0 alone evaluates, writes checkpoints and logs.
     """
 
     def __init__(
@@ -76,13 +81,18 @@ class E2ESAETrainer(SplicedStepTrainer):
         excluded_tokens: Tensor | None = None,
         run_folder: RunFolder | None = None,
         identity: dict[str, str | None] | None = None,
+        ranks: Ranks | None = None,
     ):
-        super().__init__(cfg, sae, spliced_model, data_provider, metrics_log, save_checkpoint_fn, excluded_tokens)
+        super().__init__(
+            cfg, sae, spliced_model, data_provider, metrics_log, save_checkpoint_fn, excluded_tokens, ranks
+        )
         self.held_out_evaluator = held_out_evaluator
         self.last_evaluation: dict[str, float] = {}
         self.checkpointer = Checkpointer(run_folder, cfg.checkpoint_every_minutes)
         self.identity = identity or {}
         self.stop_request = StopRequest()
+        self.takes_over = False  # whether this rank stands in for rank 0, which is lost
+        self._checkpoint_is_due, self._agreed_signal = False, None
         self._batch_is_pending = False
         self._unfolded: tuple[dict[str, Tensor], ActivationScaler, Any] | None = None
 
@@ -93,7 +103,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         installed host's version of it changes.
         """
         self.begin()
-        with Progress(self.cfg.total_training_samples, self.n_training_samples) as progress:
+        with Progress(self.cfg.total_training_samples, self.n_training_samples, shown=self.leads) as progress:
             while not self.is_done:
                 output = self.advance()
                 progress.show(self.n_training_steps, self.n_training_samples, output, self.l0, now=self.is_done)
@@ -108,6 +118,23 @@ class E2ESAETrainer(SplicedStepTrainer):
         initialise_b_dec(self)
         if self.early_stop.patience is not None and self.n_training_steps == 0 and self.objective.needs_spliced_pass:
             self.early_stop.see(self.evaluate()["metrics/held_out_kl"], self.sae)  # what all others are compared with
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process evaluates, writes and shows the run: the only one, or rank 0."""
+        return self.ranks is None or self.ranks.leads
+
+    def _news(self) -> list[float]:
+        return [float(self.stop_request.signal_number or 0), float(self.checkpointer.is_due_by_the_clock)]
+
+    def _hear(self, news: Tensor) -> None:
+        """A signal on any rank stops all of them after the same step; rank 0's clock says when a checkpoint is due."""
+        self._agreed_signal = int(news[:, 0].max()) or None
+        self._checkpoint_is_due = bool(news[0, 1])
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether so long has passed since the last checkpoint that another is due; the same on all ranks."""
+        return self.checkpointer.is_due_by_the_clock if self.ranks is None else self._checkpoint_is_due
 
     @property
     def is_done(self) -> bool:
@@ -153,13 +180,27 @@ class E2ESAETrainer(SplicedStepTrainer):
         return output
 
     def stop_if_asked(self) -> None:
-        """Between two steps.
+        """Between two steps, or two batches of an estimate.
 
         Raises:
             Stopped: a signal has asked for it.
         """
+        if self.ranks is not None:
+            if self._agreed_signal is None:
+                return  # a signal that came since they last talked is for after the next step
+            self.stop_request.signal_number = self._agreed_signal
         if self.stop_request:
             raise Stopped
+
+    def stop_if_any_rank_is_asked(self) -> None:
+        """The same where no step has told the ranks of each other.
+
+        Raises:
+            Stopped: a signal has asked one of the ranks for it.
+        """
+        if self.ranks is not None:
+            self._hear(self.ranks.exchange(self._news()))
+        self.stop_if_asked()
 
     # Checkpoints.
 
@@ -185,6 +226,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         Raises:
             OSError, SafetensorError: it cannot be written; what was there before still is.
         """
+        if not self.leads and not self.takes_over:
+            return
         run_folder = self.checkpointer.run_folder
         if base_path is not None:
             run_folder = RunFolder(Path(base_path), self.runner_cfg.keep_checkpoints)
@@ -192,7 +235,7 @@ class E2ESAETrainer(SplicedStepTrainer):
             return
         with path_or_tmp_dir(None if run_folder is None else run_folder.path) as path:
             written = self.checkpointer.write(self, run_folder or RunFolder(path, 1), checkpoint_name, kind)
-            if self.cfg.logger.log_to_wandb and kind != "rolling":
+            if self.cfg.logger.log_to_wandb and kind != "rolling" and self.leads:
                 self.cfg.logger.log(
                     self,
                     written / SAE_WEIGHTS_FILENAME,
@@ -235,7 +278,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         """Run the held-out evaluation now and log it, under `step` or the number of steps done."""
         if self.held_out_evaluator is not None:
             self.sae.eval()
-            self.last_evaluation = self.held_out_evaluator(self)
+            evaluate = partial(self.held_out_evaluator, self)
+            self.last_evaluation = evaluate() if self.ranks is None else self.ranks.by_leader(evaluate)
             self.sae.train()
             self._log(self.last_evaluation, step)
             if not math.isfinite(self.last_evaluation.get("metrics/ce_loss_increase", 0.0)):
@@ -253,6 +297,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         return (self.n_training_steps + 1) % interval == 0
 
     def _step_metrics(self, output: TrainStepOutput) -> dict[str, Any]:
+        if self._step_ranks is not None:
+            output = with_all_tokens(self._step_ranks, output)
         metrics = self.build_train_step_log_dict(output=output, n_training_samples=self.n_training_samples)
         if not len(output.feature_acts):  # too large to be kept
             metrics["metrics/l0"] = float(self.l0)

@@ -46,13 +46,18 @@ class Checkpointer:
         """The last checkpoint that this process has written."""
         return None if self._last is None else self._last[1]
 
+    @property
+    def is_due_by_the_clock(self) -> bool:
+        """Whether `every_minutes` have passed since the last checkpoint."""
+        return self.every_minutes is not None and time.monotonic() - self._last_time >= 60 * self.every_minutes
+
     def after_step(self, trainer: E2ESAETrainer) -> None:
         """Write what is due now."""
         due = [n for n in trainer.checkpoint_thresholds if trainer.n_training_samples > n]  # the host's comparison
         if due:
             del trainer.checkpoint_thresholds[: len(due)]
             self._attempt(trainer, "milestone", str(trainer.n_training_samples))
-        elif self.every_minutes is not None and time.monotonic() - self._last_time >= 60 * self.every_minutes:
+        elif trainer.checkpoint_is_due():
             self._attempt(trainer, "rolling", str(trainer.n_training_samples))
 
     def finished(self, trainer: E2ESAETrainer) -> None:

@@ -34,6 +34,7 @@ from e2e_sae_plugin.finetune.report import FinetuneReport
 from e2e_sae_plugin.finetune.start import finished_form, training_counterpart
 from e2e_sae_plugin.output_folder import write_configs
 from e2e_sae_plugin.preflight import check_device
+from e2e_sae_plugin.rank_checks import check_alone
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
 from e2e_sae_plugin.spliced_losses import clean_micro_batch
 from e2e_sae_plugin.trainer import E2ESAETrainer
@@ -75,6 +76,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
         override_model: Any = None,
         override_evaluation_tokens: Tensor | None = None,
     ):
+        check_alone("A fine-tune", "Start it once, without torchrun.")
         check_device(cfg)  # the SAE is moved there first
         if override_model is not None and not force:
             check_given_model(sae, override_model)

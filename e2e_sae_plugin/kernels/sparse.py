@@ -42,6 +42,11 @@ class ActiveFeatures:
         """From values in the order of tokens."""
         return cls(values, features, tokens, segment_offsets(tokens, n_tokens), n_features)
 
+    def where(self, kept: Tensor) -> ActiveFeatures:
+        """Those of the active features that `kept [n_active]` says."""
+        n_tokens = len(self.offsets) - 1
+        return self.of(self.values[kept], self.features[kept], self.tokens[kept], n_tokens, self.n_features)
+
     def to_sparse(self, values: Tensor | None = None) -> Tensor:
         """A torch sparse COO tensor `[n_tokens, n_features]`, with other `values` for the same features if given."""
         return torch.sparse_coo_tensor(

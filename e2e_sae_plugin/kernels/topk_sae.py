@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE
 from torch import Tensor
 
+from e2e_sae_plugin.kernels.ranked_topk import RankedBatchTopK
 from e2e_sae_plugin.kernels.sparse import ActiveFeatures
 from e2e_sae_plugin.kernels.sparse_sae import (
     Encoder,
@@ -20,14 +21,14 @@ from e2e_sae_plugin.kernels.sparse_sae import (
     select_topk,
 )
 
-ACTIVATIONS = {TopKTrainingSAE: TopK, BatchTopKTrainingSAE: BatchTopK}
+ACTIVATIONS = {TopKTrainingSAE: (TopK,), BatchTopKTrainingSAE: (BatchTopK, RankedBatchTopK)}
 
 
 def can_train(sae: Any) -> bool:
     """Whether `training_forward_pass` below stands for `sae`'s own: the host's classes, no hooks, no autocast."""
     return (
         type(sae) in ACTIVATIONS
-        and type(sae.activation_fn) is ACTIVATIONS[type(sae)]
+        and type(sae.activation_fn) in ACTIVATIONS[type(sae)]
         and sae.activation_fn.k == sae.cfg.k <= sae.cfg.d_sae  # else the host has an error to raise
         and "training_forward_pass" not in vars(sae)  # `compile_sae` puts the compiled one there
         and not torch.is_autocast_enabled(sae.W_enc.device.type)
@@ -87,7 +88,11 @@ def training_forward_pass(sae: TopKTrainingSAE, step_input: TrainStepInput) -> T
 def _active(sae: TopKTrainingSAE, x: Tensor, encoder: Encoder) -> tuple[ActiveFeatures, Tensor]:
     """The active features with what the decoder multiplies by, and the activations that the host reports."""
     if isinstance(sae, BatchTopKTrainingSAE):
-        active = select_batch_topk(x, encoder, int(sae.cfg.k * len(x)))
+        across = sae.activation_fn if isinstance(sae.activation_fn, RankedBatchTopK) else None
+        n_active = int(sae.cfg.k * len(x)) if across is None else across.n_active(len(x))
+        active = select_batch_topk(x, encoder, n_active)
+        if across is not None:
+            active = active.where(~(active.values < across.bound(active.values, n_active)))
     else:
         active = select_topk(x, encoder, sae.cfg.k)
     acts = active.values.relu()

@@ -19,6 +19,7 @@ from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.finetune.start import load_quietly
 from e2e_sae_plugin.interruption import StopRequest, run_interrupted, stop_on_signals
 from e2e_sae_plugin.output_folder import holds_another_run, is_finished, output_is_finished
+from e2e_sae_plugin.rank_checks import check_alone
 from e2e_sae_plugin.seekable_store import RowPosition
 from e2e_sae_plugin.splice.shared import SharedCleanPasses
 from e2e_sae_plugin.sweep.checkpoints import SweepCheckpoints
@@ -64,6 +65,7 @@ class SweepRunner:
         override_dataset: Any = None,
         part: tuple[int, int] = (1, 1),
     ):
+        check_alone("A sweep", "Start it once; each GPU can train a part of it: e2e-sae sweep --part I/N.")
         index, n = part
         if not 1 <= index <= n:
             raise ValueError(f"part={part!r} must be (i, n) with 1 <= i <= n.")
