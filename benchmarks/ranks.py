@@ -1,4 +1,4 @@
-"""What several processes send to each other per step, against 4 bytes x parameters x 2 (N - 1), and how much faster they are.
+"""What several processes send to each other per step, against 4 bytes x parameters x 2 (N - 1), and their speed.
 
     python benchmarks/ranks.py [--steps 12] [--repeats 3] [--d-sae 4096]
 
@@ -93,7 +93,7 @@ def stream_speed(name: str, dataset: Any, n_batches: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--d-sae", type=int, default=4096)

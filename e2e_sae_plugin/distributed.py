@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed hands them on without saying so
+from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Ranks:
         LostRankError: of every such method, when another rank has ended.
     """
 
-    def __init__(self, store: dist.Store):
+    def __init__(self, store: Store):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
@@ -68,7 +70,7 @@ class Ranks:
         """Have this rank's `cuda` be the GPU of its number, and reduce what lies there by NCCL."""
         if torch.device(device).type == "cuda" and self._device_group is None:
             torch.cuda.set_device(self.local_rank)
-            self._device_group = dist.new_group(backend="nccl", timeout=TIMEOUT)
+            self._device_group = dist.new_group(backend="nccl", timeout=TIMEOUT)  # pyright: ignore[reportAttributeAccessIssue]
 
     def part_of(self, batch: Tensor) -> Tensor:
         """This rank's rows of a batch that all have; it divides by their number."""
@@ -243,12 +245,12 @@ def process_group() -> Iterator[Ranks]:
 
     What other ranks than 0 would only repeat (log lines below an error) is not logged meanwhile.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group("gloo", store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
     packages = [logging.getLogger(name) for name in ("e2e_sae_plugin", "sae_lens")]
     levels = [package.level for package in packages]
     try:
-        ranks = Ranks(dist.PrefixStore("e2e_sae_plugin", store))
+        ranks = Ranks(PrefixStore("e2e_sae_plugin", store))
         if not ranks.leads:
             for package in packages:
                 package.setLevel(logging.ERROR)

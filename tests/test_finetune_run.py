@@ -334,7 +334,7 @@ def test_a_gap_that_is_none_has_no_share(tmp_path: Path):
     report = runner.report
     assert report is not None
     sums = report.before.sums
-    sums._values["ce_spliced"] = [value.clone() for value in sums._values["ce_clean"]]
+    sums._values["ce_spliced"] = sums._values["ce_clean"][:]
     assert "gap_closed" not in report.estimates()
     assert "none to close" in str(report)
 

@@ -50,7 +50,7 @@ class SequenceSums:
     """
 
     def __init__(self) -> None:
-        # Numbers of Python's: small tensors, made between large ones that are freed, keep the C library's heap from shrinking.
+        # No tensors: small ones, made between large ones that are freed, keep the C library's heap from shrinking.
         self._values: dict[str, array[float]] = {}
         self._shifted: list[Tensor] = []
         self._origin: Tensor | None = None
