@@ -139,8 +139,8 @@ def _config_of_several(argv: Sequence[str]) -> MultiE2ESAERunnerConfig | None:
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", type=Path)
     chosen, flags = files.parse_known_args(list(argv))
-    if chosen.config is None or "saes" not in (content := read_yaml(chosen.config)):
-        return None
+    if chosen.config is None or not chosen.config.is_file() or "saes" not in (content := read_yaml(chosen.config)):
+        return None  # what is wrong with them is said as for one SAE
     if flags:
         raise ValueError(
             f"--config names several SAEs and holds every setting, so it takes no other flags; got {' '.join(flags)}. "

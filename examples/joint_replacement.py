@@ -24,6 +24,8 @@ BLOCKS = range(1, 6)
 MIXED = {"kl": 1.0, "mse": 0.005}
 """The squared error, of normalised activations, is some hundred times the KL."""
 
+DOWNSTREAM = {"kl": 1.0, "beta": 1e-4}
+
 WAYS: dict[str, dict[str, Any]] = {
     "each alone, local": {"mode": "independent", "objective": "local"},
     "each alone, KL": {"mode": "independent", "objective": "e2e", "local_first": 0.5},
@@ -31,8 +33,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy, KL + MSE": {"mode": "greedy", "objective": MIXED, "local_first": 0.5},
     "joint, KL": {"mode": "joint", "objective": "e2e", "local_first": 0.5},
     "joint, KL + MSE": {"mode": "joint", "objective": MIXED, "local_first": 0.5},
-    "joint, KL + MSE + agreement": {"mode": "joint", "objective": MIXED, "local_first": 0.5, "agreement": 0.01},
-}
+    "joint, KL + downstream": {"mode": "joint", "objective": DOWNSTREAM, "local_first": 0.5},
+    "joint, KL + downstream + agreement": {
+        "mode": "joint", "objective": DOWNSTREAM, "local_first": 0.5, "agreement": 0.01,
+    },
+}  # fmt: skip
 
 
 def config(way: dict[str, Any], tokens: int, folder: Path, seed: int) -> MultiE2ESAERunnerConfig:

@@ -137,7 +137,7 @@ def test_what_is_refused(flags: tuple[str, ...], message: str, folder: Path, cap
 
 def test_evaluate_takes_one_sae(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert evaluate("saes") == 2
-    assert "'saes' holds 4 SAEs. Name one of them, or use e2e-sae compare." in capsys.readouterr().err
+    assert "'saes' holds 4 SAEs. Name one of them, use e2e-sae compare, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [("--tokens", "0"), ("--model-class", "Mamba"), ("--card", "3")])

@@ -218,7 +218,7 @@ def test_refused_before_anything_is_loaded(tmp_path: Path, case: str):
 def test_a_sweep_is_shared_in_one_commit_afterwards(tmp_path: Path):
     kinds = {"e2e": SweepKind(objective=Objective.e2e(), sparsities=(4,))}
     base = config_of(tmp_path)
-    with pytest.raises(ValueError, match=r"base.push_to_hub.*e2e-sae push OWNER/NAME SWEEP_FOLDER"):
+    with pytest.raises(ValueError, match=r"base.push_to_hub.*e2e-sae push OWNER/NAME FOLDER"):
         SweepConfig(base=base, kinds=kinds, output_path=str(tmp_path / "sweep"))
 
 

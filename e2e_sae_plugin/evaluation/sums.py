@@ -67,7 +67,7 @@ class SequenceSums:
         """
         sums = torch.zeros(n_sequences, dtype=torch.float64, device=values.device)
         sums.index_add_(0, sequence.to(values.device), values.double())
-        self._values.setdefault(name, array("d")).extend(sums.tolist())
+        self._values.setdefault(name, array("d")).extend(sums.cpu().tolist())
 
     def add_sae(
         self, sae_in: Tensor, feature_acts: Tensor, sae_out: Tensor, sequence: Tensor, n_sequences: int
