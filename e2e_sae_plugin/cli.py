@@ -17,6 +17,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing import ArgumentParser, subgroups
 
 from e2e_sae_plugin._version import __version__
+from e2e_sae_plugin.checkpoint.resume import AUTO
 from e2e_sae_plugin.comparison.command import compare_command, evaluate_command
 from e2e_sae_plugin.config import MODEL_CLASSES, E2ESAERunnerConfig, read_yaml
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT
@@ -138,13 +139,15 @@ def _config_of_several(argv: Sequence[str]) -> MultiE2ESAERunnerConfig | None:
     """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", type=Path)
+    files.add_argument("--resume")
     chosen, flags = files.parse_known_args(list(argv))
     if chosen.config is None or not chosen.config.is_file() or "saes" not in (content := read_yaml(chosen.config)):
         return None  # what is wrong with them is said as for one SAE
+    flags += [] if chosen.resume in (None, AUTO) else ["--resume", chosen.resume]
     if flags:
         raise ValueError(
             f"--config names several SAEs and holds every setting, so it takes no other flags; got {' '.join(flags)}. "
-            "Interrupted, run the same command again: it goes on where it stood."
+            "Such a run goes on where it stood by itself (--resume auto says nothing new)."
         )
     return MultiE2ESAERunnerConfig.from_dict(content)
 

@@ -22,6 +22,7 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int, *, shown: bool = True):
+        hidden: dict[str, Any] = {} if shown else {"disable": True}  # or TQDM_DISABLE would not be heard
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=done,
@@ -29,7 +30,7 @@ class Progress:
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not shown,
+            **hidden,
         )
         self._shown = 0.0
 

@@ -168,6 +168,32 @@ def test_a_set_is_put_into_a_model_of_saelens_in_one_call(whole: Path):
         saes.attach(plain)
 
 
+def test_what_saelens_cannot_leave_out_is_refused_or_said(whole: Path, caplog: pytest.LogCaptureFixture):
+    tokens, plain = token_batch(n_prompts=2), tiny_hooked_transformer()
+    tokens[:, 0] = 1
+    model = HookedSAETransformer(plain.cfg)
+    model.load_state_dict(plain.state_dict())
+    saes = load_sae_set(whole / "out")
+    saes.saes["late"].cfg.metadata.hook_head_index = 1
+    with pytest.raises(ValueError, match="'late' is of head 1 alone, and SAELens would apply it to all heads"):
+        saes.attach(model)
+    assert not model._acts_to_saes
+    saes.saes["late"].cfg.metadata.hook_head_index = None
+    for sae in saes.saes.values():
+        sae.cfg.metadata.exclude_special_tokens = [1]
+
+    def kept(sae: SAE[Any]) -> Any:
+        return lambda x, hook: torch.where((tokens == 1)[..., None], x, sae(x))  # noqa: ARG005
+
+    hooks: list[Any] = [(HOOKS[name], kept(sae)) for name, sae in saes.saes.items()]
+    expected = plain.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False)
+    torch.testing.assert_close(saes.attach(model)(tokens, prepend_bos=False), expected, rtol=1e-4, atol=1e-4)
+    saes.saes["early"].cfg.metadata.seqpos_slice = (1, None)
+    with caplog.at_level(logging.WARNING):
+        saes.attach(model)
+    assert "early was trained on the positions (1, None), but is applied to all" in caplog.text
+
+
 def test_part_of_a_set(whole: Path):
     assert list(load_sae_set(whole / "out", names=["late"]).saes) == ["late"]
     with pytest.raises(ValueError, match=r"names=\['lat'\]: the set of .* has \['early', 'late'\]"):
@@ -380,6 +406,28 @@ def test_greedy_trains_one_after_the_other_among_frozen_ones(tmp_path: Path):
         torch.testing.assert_close(alone.saes["early"].state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_the_agreement_of_a_greedy_run_is_with_frozen_saes_behind(tmp_path: Path, whole: Path):
+    late = {"late": str(whole / "out/late")}
+    first = {"early": settings(tmp_path)["saes"]["early"], "first": settings(tmp_path)["saes"]["early"]}
+    hooks = {"early": HOOKS["early"], "first": "blocks.0.hook_resid_pre"}
+    saes = runner(tmp_path, mode="greedy", saes=first, hook_names=hooks, frozen=late, agreement=0.1).run()
+    assert list(saes.saes) == ["first", "early", "late"]
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines if "losses/agreement_loss/late" in line} == {1, 2}
+    # The second stage's SAE sits behind the frozen one: it has no reader, and trains without the term.
+    saes = runner(
+        tmp_path / "b", mode="greedy", agreement=0.1, frozen={"early": str(whole / "out/early")},
+        saes={"first": first["first"], "last": first["first"]},
+        hook_names={"first": "blocks.0.hook_resid_pre", "last": HOOKS["late"]},
+    ).run()  # fmt: skip
+    assert list(saes.saes) == ["first", "early", "last"]
+    with pytest.raises(ValueError, match="no frozen SAE sits behind 'last', the first that is trained"):
+        runner(
+            tmp_path / "c", mode="greedy", agreement=0.1, frozen={"early": str(whole / "out/early")},
+            saes={"last": first["first"]}, hook_names={"last": HOOKS["late"]},
+        ).run()  # fmt: skip
+
+
 def test_an_interrupted_greedy_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     runner(tmp_path / "whole", mode="greedy").run()
     original = JointStep.__call__
@@ -437,6 +485,7 @@ def test_independent_saes_are_those_of_runs_of_their_own(tmp_path: Path):
         ({"training_token": 3}, "Did you mean 'training_tokens'"),
         ({"frozen": {"late": "x"}}, r"\['late'\] are in saes, to be trained, and in frozen"),
         ({"push_to_hub": "a/b"}, "push_to_hub='a/b' is refused in a run of several SAEs"),
+        ({"mode": "greedy", "agreement": 0.1}, "agreement=0.1 has no effect with mode='greedy'"),
         ({"saes": {}}, r"hook_names must have the names of saes|saes is empty"),
         ({"output_path": ""}, "output_path of several SAEs must name a folder"),
     ],
@@ -444,6 +493,33 @@ def test_independent_saes_are_those_of_runs_of_their_own(tmp_path: Path):
 def test_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         MultiE2ESAERunnerConfig.from_dict(settings(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("sweep", "b"), "'sweep' has the name of a file or folder of the run itself"),
+        (("metrics.jsonl", "b"), "'metrics.jsonl' has the name of a file or folder"),
+        (("Joint.csv", "b"), "'Joint.csv' has the name of a file or folder"),
+        (("a", "A"), "'a' and 'A' would share a folder on some file systems"),
+        ((1, "b"), "The SAE 1 must have a text for a name, got int: quote it in YAML"),
+        (("a/b", "b"), "expected letters, digits"),
+    ],
+)
+def test_names_that_cannot_be_folders(tmp_path: Path, names: tuple[Any, Any], message: str):
+    one = {"architecture": "topk", "d_in": 16, "d_sae": 24, "k": 4}
+    given = {"saes": dict.fromkeys(names, one), "hook_names": dict(zip(names, HOOKS.values(), strict=True))}
+    with pytest.raises(ValueError, match=message):
+        MultiE2ESAERunnerConfig.from_dict(settings(tmp_path, **given))
+
+
+def test_what_does_not_fit_names_the_sae(tmp_path: Path):
+    saes = settings(tmp_path)["saes"]
+    bad = {**saes, "early": {**saes["early"], "k": "ten"}}
+    with pytest.raises(ValueError, match=r"saes\.early: k in sae must be a whole number, got 'ten'"):
+        MultiE2ESAERunnerConfig.from_dict(settings(tmp_path, saes=bad))
+    with pytest.raises(ValueError, match=r"early: sae\.d_in=8 does not match 'blocks\.1\.hook_resid_pre'"):
+        runner(tmp_path, saes={**saes, "early": {**saes["early"], "d_in": 8}}).run()
 
 
 def test_one_sae_alone_is_no_joint_run(tmp_path: Path):
@@ -475,6 +551,8 @@ def test_an_agreement_that_nobody_reads_is_refused(tmp_path: Path, whole: Path):
 
 def test_a_frozen_sae_that_is_not_there_or_leaves_out_other_tokens(tmp_path: Path, whole: Path):
     one = {"saes": {"last": settings(tmp_path)["saes"]["late"]}, "hook_names": {"last": HOOKS["late"]}}
+    with pytest.raises(ValueError, match=r"frozen\.early: .* holds several SAEs, early, late\. Name the folder"):
+        runner(tmp_path, **one, frozen={"early": str(whole / "out")}).run()
     with pytest.raises(ValueError, match=r"frozen\.early: There is no folder"):
         runner(tmp_path, **one, frozen={"early": str(tmp_path / "nothing")}).run()
     with pytest.raises(ValueError, match=r"frozen\.early leaves out other tokens than this run"):
@@ -519,8 +597,11 @@ def test_the_command_line_trains_several(
     assert cli.main(["train", "--config", "run.yaml"]) == 0
     assert "| b | blocks.3.hook_resid_pre |" in capsys.readouterr().out
     assert list(load_sae_set(tmp_path / "out").saes) == ["a", "b"]
-    assert cli.main(["train", "--config", "run.yaml", "--resume", "auto"]) == 2
-    assert "it takes no other flags; got --resume auto" in capsys.readouterr().err
+    assert cli.main(["train", "--config", "run.yaml", "--resume", "auto"]) == 0
+    printed = capsys.readouterr()
+    assert "This run is finished: its SAEs are in out." in printed.out + printed.err
+    assert cli.main(["train", "--config", "run.yaml", "--resume", "somewhere"]) == 2
+    assert "it takes no other flags; got --resume somewhere" in capsys.readouterr().err
     assert cli.main(["estimate", "--config", "run.yaml"]) == 2
     assert "names several SAEs (saes), and this is for a run with one" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +18,11 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig, read_yaml, require_known_k
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.sweep.config import NAME, SPARSITY_FIELD, SweepMember
 from e2e_sae_plugin.sweep.shared_settings import shared_settings
+
+RESERVED = re.compile(
+    r"sweep(-\d+-of-\d+)?|metrics\.jsonl|sae_set\.json|joint\.csv|sweep\.csv|multi_runner_cfg\.json", re.IGNORECASE
+)
+"""What a run puts beside its SAEs' folders, in the output or with the checkpoints."""
 
 Mode = Literal["joint", "greedy", "independent"]
 
@@ -44,8 +50,8 @@ class MultiE2ESAERunnerConfig:
             and `"greedy"`.
         agreement: weight, default 0, of `||f_i(a_hat) - f_i(a)||^2`, the squared difference between the features of an SAE
             on the spliced and on the clean model, summed over features and averaged over tokens and over the SAEs that
-            read what a trained one wrote. It teaches an SAE to write what the SAEs after it understand. For `"joint"` and
-            `"greedy"`.
+            read what a trained one wrote. It teaches an SAE to write what the SAEs after it understand. For `"joint"`; for
+            `"greedy"`, where those after an SAE are not there yet, only with frozen ones.
         objective: as `E2ESAERunnerConfig.objective`; downstream terms count from the first SAE in the pass, and `mse` of
             each SAE compares what it writes with what it reads there. Default: the KL alone.
         local_first: share of the tokens, as in `E2ESAERunnerConfig`, that each SAE is first trained with by itself, locally
@@ -119,9 +125,23 @@ class MultiE2ESAERunnerConfig:
     def _check_names(self) -> None:
         if not self.saes:
             raise ValueError("saes is empty: name at least one SAE with its training config.")
+        seen_names: dict[str, str] = {}
         for name in [*self.saes, *self.frozen]:
-            if not isinstance(name, str) or not NAME.fullmatch(name):
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"The SAE {name!r} must have a text for a name, got {type(name).__name__}: quote it in YAML."
+                )
+            if not NAME.fullmatch(name):
                 raise ValueError(f"The SAE {name!r} names a folder: expected letters, digits and + - _ . alone.")
+            if RESERVED.fullmatch(name):
+                raise ValueError(
+                    f"The SAE {name!r} has the name of a file or folder of the run itself. Call it something else."
+                )
+            other = seen_names.setdefault(name.casefold(), name)
+            if other != name:
+                raise ValueError(
+                    f"The SAEs {other!r} and {name!r} would share a folder on some file systems. Rename one."
+                )
         if both := sorted(set(self.saes) & set(self.frozen)):
             raise ValueError(f"{both} are in saes, to be trained, and in frozen. Give each SAE once.")
         if unknown := sorted(set(self.hook_head_indices) - set(self.saes)):
@@ -145,9 +165,14 @@ class MultiE2ESAERunnerConfig:
                 if value:
                     raise ValueError(
                         f"{name}={value!r} has no effect with mode='independent', where each SAE is alone in its pass. "
-                        "Leave it out, or use mode='joint' or 'greedy'."
+                        "Leave it out, or use mode='joint'."
                     )
             return
+        if self.mode == "greedy" and agreement > 0 and not self.frozen:
+            raise ValueError(
+                f"agreement={agreement!r} has no effect with mode='greedy', where the SAEs that would read what one writes "
+                "are not there yet while it is trained. Set it to 0, name frozen SAEs behind, or use mode='joint'."
+            )
         if len(self.saes) + len(self.frozen) < 2:
             raise ValueError(
                 f"mode={self.mode!r} splices several SAEs together, and there is one alone. Give further saes or frozen "
@@ -215,9 +240,9 @@ class MultiE2ESAERunnerConfig:
         found: dict[str, SweepMember] = {}
         kind = self.objective.kind if self.mode == "independent" else f"{self.mode}-{self.objective.kind}"
         for name, sae in self.saes.items():
-            sparsity = float(sae.get(SPARSITY_FIELD.get(str(sae.get("architecture")), ""), 0) or 0)
             hook = self.hook_names[name]
             config = self._member_config(name, sae, hook)
+            sparsity = float(getattr(config.sae, SPARSITY_FIELD.get(config.sae.architecture(), ""), 0))
             found[name] = SweepMember(name, kind, sparsity, config.seed, hook, config)
         return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainStepOutput
 from tqdm.auto import tqdm
 
@@ -63,7 +64,7 @@ class JointRun(SweepRunner):
     ):
         super().__init__(cfg, override_model, override_dataset)
         self.on_begin, self.stage = on_begin, stage
-        self.frozen_saes = {name: _load(name, source) for name, source in cfg.frozen.items()}
+        self.frozen_saes = {name: load_frozen(name, source) for name, source in cfg.frozen.items()}
         self.model: Any = None
         """The language model, once it is loaded."""
         self.dataset: Any = None
@@ -168,7 +169,7 @@ class JointRun(SweepRunner):
     def _begin(self, batches: SharedBatches, training: dict[str, MemberRunner]) -> None:
         trainers = {key: runner.trainer for key, runner in training.items() if runner.trainer is not None}
         self.joint_step = JointStep(self._splice, trainers, self.frozen, self.cfg.objective, self.cfg.agreement)
-        if self.cfg.agreement > 0 and not self.joint_step.readers:
+        if self.cfg.agreement > 0 and not self.joint_step.readers and not self.stage:
             raise ValueError(
                 f"agreement={self.cfg.agreement!r} has no effect: no SAE reads what a trained one writes, as the trained "
                 "ones are last in the model. Set it to 0."
@@ -290,6 +291,8 @@ class JointRun(SweepRunner):
         write_manifest(output, list(hooks), hooks, self._training())
         if evaluation is not None and self.cfg.verbose:
             tqdm.write(f"\n{evaluation.table().to_markdown()}\n{evaluation.table().caption}")
+        if self.cfg.verbose and not self.stage:
+            tqdm.write(f"Saved in {output} (load_sae_set reads it, and each SAE's folder sae_lens.SAE.load_from_disk).")
 
     def _keep_frozen(self) -> None:
         """The set is whole in its folder: SAEs that came from elsewhere are copied into it."""
@@ -306,8 +309,17 @@ class JointRun(SweepRunner):
         """The table of the set is written when it is finished."""
 
 
-def _load(name: str, source: str) -> SAE[Any]:
-    """A folder, or `owner/name:id`."""
+def load_frozen(name: str, source: str) -> SAE[Any]:
+    """An SAE of `frozen`: a folder, or `owner/name:id`.
+
+    Raises:
+        ValueError: names the SAE and what is wrong with it.
+    """
+    inside = sorted(path.parent.name for path in Path(source).glob(f"*/{SAE_CFG_FILENAME}"))
+    if inside and not (Path(source) / SAE_CFG_FILENAME).exists():
+        raise ValueError(
+            f"frozen.{name}: {source!r} holds several SAEs, {', '.join(inside)}. Name the folder of one of them."
+        )
     repository, sign, sae_id = source.partition(":")
     try:
         return load_quietly(source) if Path(source).is_dir() or not sign else load_quietly(repository, sae_id)

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
+from tqdm.auto import tqdm
 
 from e2e_sae_plugin.build import load_model_for
 from e2e_sae_plugin.checkpoint.folder import write_whole
+from e2e_sae_plugin.checkpoint.identity import run_identity
 from e2e_sae_plugin.demo.bundled import bundled_model
 from e2e_sae_plugin.joint.config import MultiE2ESAERunnerConfig
-from e2e_sae_plugin.joint.joint_run import JointRun
-from e2e_sae_plugin.joint.sae_set import SAESet, load_sae_set, write_manifest
+from e2e_sae_plugin.joint.joint_run import JointRun, load_frozen
+from e2e_sae_plugin.joint.sae_set import MANIFEST_FILENAME, SAESet, load_sae_set, write_manifest
+from e2e_sae_plugin.output_folder import output_is_finished
 from e2e_sae_plugin.splice import splice_into
 from e2e_sae_plugin.splice.joint import in_execution_order
 from e2e_sae_plugin.sweep.runner import SweepRunner
@@ -51,6 +54,10 @@ class MultiE2ESAETrainingRunner:
             RunInterrupted: a signal came; the run was saved first.
         """
         self._refuse_another_run()
+        if self._is_finished():
+            text = f"This run is finished: its SAEs are in {self.cfg.output_path}. There is nothing to do."
+            tqdm.write(text) if self.cfg.verbose else logger.info("%s", text)
+            return load_sae_set(self.cfg.output_path)
         if self.cfg.mode == "independent":
             return self._independent()
         if self.cfg.mode == "greedy":
@@ -58,10 +65,23 @@ class MultiE2ESAETrainingRunner:
         JointRun(self.cfg, self._model, self._dataset, self._mark_output).run()
         return load_sae_set(self.cfg.output_path)
 
+    def _is_finished(self) -> bool:
+        """Whether all that this run leaves is there, of the model that it would train on."""
+        output = Path(self.cfg.output_path)
+        identity = run_identity(self._model, None)
+        saes = [member.config for member in self.cfg.members().values()]
+        return (output / MANIFEST_FILENAME).is_file() and all(output_is_finished(each, identity) for each in saes)
+
     def _greedy(self) -> SAESet:
         """One joint run for each SAE, with those before it frozen."""
         done: dict[str, str] = {}
-        for number, name in enumerate(self._order(), start=1):
+        order = self._order()
+        if self.cfg.agreement > 0 and not self._is_read(order[0]):
+            raise ValueError(
+                f"agreement={self.cfg.agreement!r} has no effect: no frozen SAE sits behind {order[0]!r}, the first that is "
+                "trained. Set it to 0."
+            )
+        for number, name in enumerate(order, start=1):
             stage = self.cfg.stage(name, done)
             run = JointRun(stage, self._model, self._dataset, self._mark_output, number)
             run.run()
@@ -79,6 +99,13 @@ class MultiE2ESAETrainingRunner:
         hooks = self.cfg.hook_names
         splices = {name: splice_into(self._model, hook, needs_downstream=False) for name, hook in hooks.items()}
         return in_execution_order(splices)
+
+    def _is_read(self, first: str) -> bool:
+        """Whether a frozen SAE reads what an SAE writes."""
+        hooks = {"": self.cfg.hook_names[first]}
+        hooks |= {name: str(load_frozen(name, at).cfg.metadata.hook_name) for name, at in self.cfg.frozen.items()}
+        splices = {name: splice_into(self._model, hook, needs_downstream=False) for name, hook in hooks.items()}
+        return in_execution_order(splices)[-1] != ""
 
     def _independent(self) -> SAESet:
         saes = SweepRunner(self.cfg, self._model, self._dataset).run()
@@ -122,9 +149,13 @@ _MAY_DIFFER = frozenset({"verbose", "checkpoint_every_minutes", "checkpoint_path
 """What does not change what is trained."""
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
-        for key in sorted({*theirs, *ours} - _MAY_DIFFER)
-        if theirs.get(key) != ours.get(key)
-    ]
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """By the names of settings, those below others with a dot between."""
+    found: list[str] = []
+    for key in sorted({*theirs, *ours} - (_MAY_DIFFER if not prefix else set())):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} there, {b!r} here")
+    return found

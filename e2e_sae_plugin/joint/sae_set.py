@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from e2e_sae_plugin.joint.evaluate import JointEvaluation, measure_joint
 from e2e_sae_plugin.joint.splice import JointPlace, JointSplice
 from e2e_sae_plugin.joint.spliced_sae import FrozenSAE
 from e2e_sae_plugin.splice import splice_into
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_FILENAME = "sae_set.json"
 FORMAT = 1
@@ -49,8 +53,13 @@ class SAESet:
             use_error_term: as in SAELens's `add_sae`: True adds what each SAE leaves out, so that the output is the clean
                 model's.
 
+        Special tokens that an SAE leaves out (its metadata say so) it leaves out here too, in a `HookedSAETransformer`.
+        SAELens has nothing for positions (`seqpos_slice`), nor a bridge for tokens: a warning says which SAEs then apply
+        everywhere.
+
         Raises:
-            ValueError: another kind of model, or one without a hook of these; nothing is attached then.
+            ValueError: another kind of model, one without a hook of these, or an SAE of one head, which SAELens would apply
+                to all heads; nothing is attached then.
         """
         if not callable(getattr(model, "add_sae", None)):
             raise ValueError(
@@ -61,8 +70,13 @@ class SAESet:
             # Where an SAE is attached already, the model knows the hook by that.
             if sae.cfg.metadata.hook_name not in {*model.hook_dict, *getattr(model, "_acts_to_saes", {})}:
                 raise ValueError(f"The model has no hook {sae.cfg.metadata.hook_name!r}, where the SAE {name!r} sits.")
-        for sae in self.saes.values():
-            model.add_sae(sae, use_error_term=use_error_term)
+            if sae.cfg.metadata.hook_head_index is not None:
+                raise ValueError(
+                    f"The SAE {name!r} is of head {sae.cfg.metadata.hook_head_index} alone, and SAELens would apply it to "
+                    "all heads of the model. Use evaluate, which applies it to its head, or hooks of your own."
+                )
+        for name, sae in self.saes.items():
+            model.add_sae(sae, use_error_term=use_error_term, **_left_out(name, sae, model))
         return model
 
     def evaluate(self, model: Any, tokens: Tensor, batch_size_prompts: int = 8) -> JointEvaluation:
@@ -85,6 +99,21 @@ class SAESet:
             seqpos_slice=place.seqpos_slice,
             excluded=place.excluded_tensor(),
         )
+
+
+def _left_out(name: str, sae: SAE[Any], model: Any) -> dict[str, Any]:
+    """What `add_sae` is told of tokens that the SAE leaves out; a warning about what it cannot be told."""
+    metadata, said = sae.cfg.metadata, {}
+    special = metadata.exclude_special_tokens
+    if special and "exclude_special_tokens" in inspect.signature(model.add_sae).parameters:
+        said["exclude_special_tokens"] = special
+    elif special:
+        logger.warning(
+            "%s was trained without special tokens, but a %s applies it to them.", name, type(model).__name__
+        )
+    if tuple(metadata.seqpos_slice or (None,)) not in ((None,), (None, None), (0, None)):
+        logger.warning("%s was trained on the positions %s, but is applied to all.", name, tuple(metadata.seqpos_slice))
+    return said
 
 
 def parts_of(saes: Mapping[str, SAE[Any]], model: Any) -> tuple[JointSplice, dict[str, FrozenSAE], Place]:

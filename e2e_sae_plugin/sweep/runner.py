@@ -211,13 +211,16 @@ class SweepRunner:
             checkpoint = None
             if self.checkpoints is not None and name in resumed:
                 checkpoint = self.checkpoints.of(name).path / resumed[name]["checkpoint"]
-            if first is None:
-                runners[name] = first = self.member_class(member, self._model, self._dataset, None, checkpoint)
-                self._model, position = first.model, first.tokens.store.position()
-            else:
-                runners[name] = self.member_class(
-                    member, first.model, first.activations_store.dataset, first.evaluation_tokens, checkpoint
-                )
+            try:
+                if first is None:
+                    runners[name] = first = self.member_class(member, self._model, self._dataset, None, checkpoint)
+                    self._model, position = first.model, first.tokens.store.position()
+                else:
+                    runners[name] = self.member_class(
+                        member, first.model, first.activations_store.dataset, first.evaluation_tokens, checkpoint
+                    )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         assert first is not None
         if position.rows_state is not None:
             # `datasets` keeps a stream's state once for all who read it, and the others have looked at the first row.
@@ -237,13 +240,14 @@ class SweepRunner:
         last_saved = time.monotonic()
         every = self.cfg.checkpoint_every_minutes
         total = sum(member.config.training_tokens for member in self.members.values())
+        hidden: dict[str, Any] = {} if self.cfg.verbose else {"disable": True}  # or TQDM_DISABLE would not be heard
         bar = tqdm(
             total=total,
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
             desc=self.called.capitalize(),
-            disable=not self.cfg.verbose,
+            **hidden,
         )
         with bar, self._saved_if_it_fails(batches, training):
             while training:
