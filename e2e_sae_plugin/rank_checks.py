@@ -75,8 +75,8 @@ def _check_shards(cfg: E2ESAERunnerConfig, ranks: Ranks) -> None:
         )
     if target is not None and target > d_sae // ranks.size:
         raise ValueError(
-            f"sae.target_l0={target} is more than the {d_sae // ranks.size} features that shard_dictionary=True leaves each of "
-            f"{ranks.size} ranks, which SAELens refuses of an SAE. Lower it, or use fewer ranks."
+            f"sae.target_l0={target} is more than the {d_sae // ranks.size} features that shard_dictionary=True leaves each "
+            f"of {ranks.size} ranks, which SAELens refuses of an SAE. Lower it, or use fewer ranks."
         )
 
 

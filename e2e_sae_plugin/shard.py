@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from sae_lens.saes.sae import TrainingSAE
+from safetensors import safe_open
 from torch import Tensor
 
 from e2e_sae_plugin.distributed import Ranks
 
 DIVIDED = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "decoder_norms": 0}
 """The dimension of each tensor that is the features'. What is not named here belongs to no feature: every rank has it."""
+
 
 class Shard:
     """Which features are this rank's: the `d_sae / ranks` from the rank's number times that.
@@ -47,12 +48,14 @@ class Shard:
 
     def read(self, path: Path) -> dict[str, Tensor]:
         """This rank's part of the tensors in a safetensors file of a whole SAE; no more of it is held."""
+        tensors: dict[str, Tensor] = {}
         with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            return {
-                name: part[self._place(name, len(part.get_shape()))] if part.get_shape() else file.get_tensor(name)
-                for name, part in found.items()
-            }
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                shape = file.get_slice(name).get_shape()
+                part = file.get_slice(name)[self._place(name, len(shape))] if shape else file.get_tensor(name)
+                # Columns come with the whole's strides, which torch's fused Adam takes for rows of their own.
+                tensors[name] = part.clone(memory_format=torch.contiguous_format)
+        return tensors
 
     def join(self, parts: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The whole of what every rank has a part of, on rank 0 in main memory, one tensor after the other; None on the

@@ -32,6 +32,7 @@ _COUNTS = (
     "started_fine_tuning",
 )  # fmt: skip
 
+
 @dataclass(frozen=True)
 class LargeState:
     """The large part of a run's state, of the whole SAE."""

@@ -1,8 +1,8 @@
 """What a rank that has some of an SAE's features needs of the other ranks: their tokens, and the sums over all features.
 
-Every rank runs its features on all tokens. What they add up to (reconstructions, sparsity) is summed over the ranks, and each
-keeps the rows of its own tokens, from which losses go on as with a replica. Backward, the gradients of all ranks' rows are
-gathered, so that those of a rank's features are whole.
+Every rank runs its features on all tokens. What they add up to (reconstructions, sparsity) is summed over the ranks, and
+each keeps the rows of its own tokens, from which losses go on as with a replica. Backward, the gradients of all ranks' rows
+are gathered, so that those of a rank's features are whole.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def training_forward_pass(sae: Any, step_input: TrainStepInput, shards: ShardedT
     if type(sae) is JumpReLUTrainingSAE and not any(p.fwd_hooks or p.bwd_hooks for p in sae.hook_dict.values()):
         return _jumprelu_forward_pass(sae, step_input, shards)
     raise ValueError(
-        f"shard_dictionary=True cannot train this {type(sae).__name__}: it has hooks, or is not as SAELens makes it. Take the "
-        "hooks off, or leave shard_dictionary at False."
+        f"shard_dictionary=True cannot train this {type(sae).__name__}: it has hooks, or is not as SAELens makes it. Take "
+        "the hooks off, or leave shard_dictionary at False."
     )
 
 
