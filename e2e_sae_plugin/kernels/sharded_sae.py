@@ -50,7 +50,8 @@ def _jumprelu_forward_pass(
     part = feature_acts @ sae.W_dec
     part = part + sae.b_dec if shards.adds_b_dec else part
     parts = [part, _sparsity(sae, feature_acts, hidden_pre)]
-    if sae.cfg.pre_act_loss_coefficient is not None:
+    silence_coefficient = sae.cfg.pre_act_loss_coefficient
+    if silence_coefficient is not None:
         parts.append(_silence(sae, hidden_pre, step_input.dead_neuron_mask))
     sae_out, sparsity, *silence = shards.own_sums(*parts)
     if sae.cfg.jumprelu_sparsity_loss_mode == "quadratic":
@@ -59,8 +60,8 @@ def _jumprelu_forward_pass(
         sparsity = 2 / target * (sparsity - target) ** 2
     mse_loss = sae.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
     losses = {"mse_loss": mse_loss, "l0_loss": (step_input.coefficients["l0"] * sparsity).mean()}
-    if silence:
-        losses["pre_act_loss"] = sae.cfg.pre_act_loss_coefficient * silence[0].mean()
+    if silence_coefficient is not None:
+        losses["pre_act_loss"] = silence_coefficient * silence[0].mean()
     return TrainStepOutput(
         sae_in=step_input.sae_in,
         sae_out=sae_out,

@@ -71,9 +71,10 @@ def training_forward_pass(
     adds_b_dec = shards is None or shards.adds_b_dec
     flags = (bool(sae.cfg.apply_b_dec_to_input), False, adds_b_dec)
     sae_out, _, dead_out = SparseSAE.apply(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, x, active, dead_acts, *flags)  # pyright: ignore[reportGeneralTypeIssues]
-    if shards is not None:
-        sae_out, *others = shards.own_sums(sae_out, *(() if dead is None else (dead_out,)))
-        dead_out = others[0] if others else None
+    if shards is not None and dead is None:
+        (sae_out,) = shards.own_sums(sae_out)
+    elif shards is not None:
+        sae_out, dead_out = shards.own_sums(sae_out, dead_out)
     sae_out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(sae_out), sae.d_head)
     mse_loss = sae.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
     aux_loss = sae_out.new_tensor(0.0)
