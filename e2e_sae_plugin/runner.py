@@ -493,7 +493,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             found = [(manifest["n_training_steps"], path) for path, manifest in there if manifest["kind"] != "final"]
             how = "There is no checkpoint." if not found else self._how_to_resume(max(found)[1])
             logger.error(
-                "%s at step %d. No rank has all of the sharded dictionary, so no checkpoint of this step could be written. %s",
+                "%s at step %d. No rank has all of the sharded dictionary, so no checkpoint of this step could be "
+                "written. %s",
                 why, trainer.n_training_steps, how,
             )  # fmt: skip
             self.ranks.succeeded()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import torch
 from helpers import runner_config
 from ranked_runs import Run, launch, logs, signal_to
 from sae_lens import SAE
+from sae_lens.config import LoggingConfig
 from safetensors.torch import load_file
 from test_distributed import SETTINGS, difference
 from test_distributed_runs import checkpoints, settings
@@ -54,6 +58,10 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_without_shards(
             assert read_manifest(newest)["n_training_steps"] == next(iter(stop)) + 1
     assert "Resumed from" in logs(tmp_path)["log0"]
     assert_saved_alike(tmp_path / "alone/out", tmp_path / "out")
+    size = sizes[-1][0]
+    again = launch(size, [Run(architecture, settings(tmp_path, shard_dictionary=True, **special))], tmp_path)
+    assert [end.error for (end,) in again] == [None] * size
+    assert logs(tmp_path)["log0"].count("This run is finished") == 1
 
 
 def assert_saved_alike(one: Path, other: Path) -> None:
@@ -92,6 +100,94 @@ def test_the_checkpoint_is_that_of_the_whole(tmp_path: Path) -> None:
             assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
             numbers = [name for name in mine if not name.startswith("random.")]
             assert all(torch.allclose(mine[n].double(), theirs[n].double(), atol=1e-6) for n in numbers), path
+
+
+@pytest.mark.slow
+def test_shards_of_a_saved_sae_start_from_its_weights(tmp_path: Path) -> None:
+    first = Run("standard", settings(tmp_path / "first", resume_from_checkpoint=None))
+    assert launch(1, [first], tmp_path / "first")[0][0].error is None
+    saved = {"from_pretrained_path": str(tmp_path / "first/out"), "resume_from_checkpoint": None}
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        run = Run("standard", settings(folder, shard_dictionary=size > 1, **saved), perturbed=False)
+        assert [end.error for (end,) in launch(size, [run], folder)] == [None] * size, logs(folder)
+    assert_saved_alike(tmp_path / "1/out", tmp_path / "2/out")
+    before, after = (load_file(tmp_path / where / "out/sae_weights.safetensors") for where in ("first", "2"))
+    assert 1e-4 < difference(before, after) < 0.1
+
+
+def be_in_the_way(path: Path, rank: int) -> None:
+    """For `Run.at_step`: the weights cannot be saved there afterwards."""
+    if rank == 0:
+        (path / "sae_weights.safetensors/in the way").mkdir(parents=True)
+
+
+@pytest.mark.slow
+def test_an_sae_that_cannot_be_saved_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """To which every rank gives its part."""
+    spoilt = {9: partial(be_in_the_way, tmp_path / "out")}
+    ends = launch(2, [Run("topk", settings(tmp_path, shard_dictionary=True), at_step=spoilt)], tmp_path)
+    assert (ends[0][0].error or "").startswith("OSError: The finished SAE could not be saved"), ends[0][0].error
+    (checkpoint,) = checkpoints(tmp_path)
+    verify_checkpoint(checkpoint)
+    assert read_manifest(checkpoint)["n_training_steps"] == 10
+    shutil.rmtree(tmp_path / "out/sae_weights.safetensors")
+    ends = launch(2, [Run("topk", settings(tmp_path, shard_dictionary=True))], tmp_path)
+    assert [end.error for (end,) in ends] == [None, None]
+    SAE.load_from_disk(tmp_path / "out")
+
+
+BYTES: dict[str, int] = {}
+
+
+def count_bytes(_rank: int) -> None:
+    """For `Run.at_step`: from here on, `BYTES` has what this rank hands to the others, by kind of message."""
+    for name, handed in (("all_gather", 1), ("reduce_scatter", 1), ("all_reduce", 0)):
+        original = getattr(torch.distributed, name)
+
+        def counted(
+            *args: Any, _name: str = name, _original: Any = original, _handed: int = handed, **named: Any
+        ) -> Any:
+            parts = args[_handed] if isinstance(args[_handed], list) else [args[_handed]]
+            if (
+                parts[0].is_floating_point() and parts[0].dtype == torch.float32
+            ):  # fp64 are few numbers by way of the CPU
+                BYTES[_name] = BYTES.get(_name, 0) + sum(part.nbytes for part in parts)
+            return _original(*args, **named)
+
+        setattr(torch.distributed, name, counted)
+    BYTES.clear()
+
+
+def report_bytes(rank: int) -> None:
+    """For `Run.at_step`."""
+    if rank == 0:
+        sys.stdout.write(f"BYTES {json.dumps(BYTES)}\n")
+        sys.stdout.flush()
+
+
+@pytest.mark.slow
+def test_the_ranks_send_what_the_documentation_says(tmp_path: Path) -> None:
+    """Of 64 tokens of 16 dimensions in all: activations and gradients of 32 to all, reconstructions of 64, k of each."""
+    quiet = {
+        "n_eval_batches": 0,
+        "logger": LoggingConfig(log_to_wandb=False, wandb_log_frequency=100),
+        "verbose": False,
+    }
+    of_shards = {**SETTINGS, **quiet, "shard_dictionary": True, "dead_feature_window": 1000}
+    run = Run("topk", of_shards, at_step={5: count_bytes, 6: report_bytes})
+    assert [end.error for (end,) in launch(2, [run], tmp_path)] == [None, None]
+    found = re.search("BYTES (.*)", logs(tmp_path)["log0"])
+    assert found is not None
+    few = (
+        2 + (32 + 4) + (16 + 1)
+    )  # weighing the auxiliary loss; fired features, losses; b_dec, whether it has a gradient
+    k, tokens = 4, 4 * 32 * 16
+    assert json.loads(found[1]) == {
+        "all_gather": 2 * tokens + 4 * 64 * k,
+        "reduce_scatter": 2 * tokens,
+        "all_reduce": 4 * few,
+    }
 
 
 @pytest.mark.slow
