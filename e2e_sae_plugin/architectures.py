@@ -39,6 +39,9 @@ AUXILIARY_FOR_DEAD_FEATURES = frozenset({"topk", "abstopk", "batchtopk"})
 # choose features across tokens); of a user's architecture nothing is known.
 TOKEN_SEPARABLE = NAMES_EVERY_LOSS - WITH_AUXILIARY
 
+# Their features can be divided between ranks (`kernels.sharded_sae`).
+SHARDED_ARCHITECTURES = frozenset({"standard", "topk", "batchtopk", "jumprelu"})
+
 RUN_TIME_NORMALISATIONS = frozenset({"layer_norm", "constant_norm_rescale"})
 # The host raises for these once a feature is dead (TopK's auxiliary loss, in topk_sae.py) or, with Matryoshka, at the
 # first inner level; matching pursuit's tied encoder cannot absorb a whitening.

@@ -23,8 +23,11 @@ from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
 
 
-def build_sae(cfg: E2ESAERunnerConfig) -> TrainingSAE[Any]:
+def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE[Any]:
     """The SAE of `cfg.sae`, initialised from `cfg.seed` or with the weights in `cfg.from_pretrained_path`.
+
+    Args:
+        device: where it is, and where its weights are drawn; None for `cfg.device`.
 
     Unlike the host, which takes the config that lies beside the weights (and resets what an inference folder lacks), the
     config that the user wrote wins.
@@ -34,7 +37,9 @@ def build_sae(cfg: E2ESAERunnerConfig) -> TrainingSAE[Any]:
     """
     with temporary_seed(cfg.seed):
         sae: TrainingSAE[Any] = TrainingSAE.from_dict(
-            TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict()).to_dict()
+            TrainingSAEConfig.from_dict(
+                cfg.get_training_sae_cfg_dict() | ({} if device is None else {"device": device})
+            ).to_dict()
         )
     if cfg.from_pretrained_path is None:
         return sae

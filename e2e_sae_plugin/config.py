@@ -18,7 +18,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 
 from e2e_sae_plugin.adapters import AdapterKind
 from e2e_sae_plugin.architectures import check_dtype, check_normalisation
-from e2e_sae_plugin.config_checks import check_schedule, check_sharing, check_start, check_values
+from e2e_sae_plugin.config_checks import check_schedule, check_shards, check_sharing, check_start, check_values
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
 from e2e_sae_plugin.model_settings import check_model_settings
 from e2e_sae_plugin.objective import Objective
@@ -69,6 +69,10 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             for backward, which computes the rest anew, block by block: one more forward pass over these blocks, and
             memory for one of them in the place of all. The numbers are the same, and a run may be resumed with it or
             without. A hook of your own in these blocks is called in backward again. Default False.
+        shard_dictionary (bool): under `torchrun`, divide the SAE's features between the processes instead of giving each of
+            them all: for dictionaries that are too wide for one device. The result is the same, and so are checkpoints and
+            the finished SAE. For architectures standard, topk, batchtopk and jumprelu; d_sae has to divide by the number
+            of processes. Default False.
         max_skipped_steps (int): steps in a row with a loss or gradient that is not finite, all of them skipped, after
             which the run stops. Default 10.
         overwrite_output (bool): replace another run that `output_path` holds. Default False: it is refused.
@@ -99,6 +103,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     checkpoint_every_minutes: float | None = 15.0
     keep_checkpoints: int = 2
     checkpoint_blocks: bool = False
+    shard_dictionary: bool = False
     max_skipped_steps: int = 10
     overwrite_output: bool = False
     push_to_hub: str | None = None
@@ -122,6 +127,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         check_normalisation(self.sae.architecture(), self.sae.normalize_activations, self.objective.auxiliary)
         check_dtype(self.sae.architecture(), self.sae.dtype, bool(self.autocast))
         check_start(self)
+        check_shards(self)
         check_sharing(self)
         self._check_batch()
         check_schedule(self)

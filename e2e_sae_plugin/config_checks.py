@@ -7,7 +7,13 @@ import numbers
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from e2e_sae_plugin.architectures import FIXED_L0, NAMES_EVERY_LOSS, WITH_AUXILIARY
+from e2e_sae_plugin.architectures import (
+    FIXED_L0,
+    NAMES_EVERY_LOSS,
+    RUN_TIME_NORMALISATIONS,
+    SHARDED_ARCHITECTURES,
+    WITH_AUXILIARY,
+)
 from e2e_sae_plugin.hub_names import check_repo_id, check_revision, sae_id_problem
 
 if TYPE_CHECKING:
@@ -142,6 +148,39 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
             "sparsity coefficient that suits the local part would be far too large or small for the KL. Use one of "
             f"{sorted(FIXED_L0)}, set objective.mse, or leave local_first at 0."
         )
+
+
+def check_shards(cfg: E2ESAERunnerConfig) -> None:
+    """What a dictionary whose features are divided between processes cannot be combined with.
+
+    Raises:
+        ValueError: names the field, what it got, and what to do.
+    """
+    if not cfg.shard_dictionary:
+        return
+    sae, instead = cfg.sae, "or leave shard_dictionary at False."
+    if sae.architecture() not in SHARDED_ARCHITECTURES:
+        raise ValueError(
+            f"shard_dictionary=True cannot train architecture {sae.architecture()!r}. Use one of "
+            f"{sorted(SHARDED_ARCHITECTURES)}, {instead}"
+        )
+    if sae.normalize_activations in RUN_TIME_NORMALISATIONS:
+        raise ValueError(
+            f"shard_dictionary=True is refused with sae.normalize_activations={sae.normalize_activations!r}, which is kept "
+            f"from the input for the output of the same tokens. Use 'expected_average_only_in' or 'none', {instead}"
+        )
+    if getattr(sae, "lp_norm", 1) != 1:
+        raise ValueError(
+            f"shard_dictionary=True is refused with sae.lp_norm={getattr(sae, 'lp_norm', 1)!r}: only the norm of 1 is a sum "
+            f"over features. Leave it at 1, {instead}"
+        )
+    refused = {"adapter": "none", "patience_evaluations": None, "autocast": False, "compile_sae": False}
+    for name, default in refused.items():
+        if getattr(cfg, name) != default:
+            raise ValueError(
+                f"shard_dictionary=True is refused with {name}={getattr(cfg, name)!r}, which has not been made to work with "
+                f"it. Leave {name} at {default!r}, {instead}"
+            )
 
 
 def _check_adapter(cfg: E2ESAERunnerConfig) -> None:

@@ -1,4 +1,4 @@
-"""The ranks of a run: processes that `torchrun` has started, each with a replica of the SAE and of the model.
+"""The ranks of a run: processes that `torchrun` has started, each with the model and with a replica or a shard of the SAE.
 
 All that knows of `torch.distributed` is here. A process that was started alone never gets a `Ranks`.
 """
@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 2**25
 """Tensors smaller than this are copied together and reduced at once; larger ones are reduced where they are."""
+PIECE_ELEMENTS = 2**26
+"""Of a tensor that one rank sends to another at once."""
 TIMEOUT = timedelta(minutes=60)
 """How long a rank waits for another one, which may be evaluating or writing a checkpoint."""
 TAKE_OVER_SECONDS = 5.0
@@ -167,6 +170,41 @@ class Ranks:
         _reaching(lambda: dist.all_gather(gathered, padded, group=self._group_of(tensor)))
         return torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
 
+    def all_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all ranks `[sum(counts), ...]`, in their order, where each has `counts[rank]` of them."""
+        gathered = [own.new_empty(max(counts), *own.shape[1:]) for _ in counts]
+        padded = _padded(own.detach(), max(counts))
+        _reaching(lambda: dist.all_gather(gathered, padded, group=self._group_of(own)))
+        return torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
+
+    def own_rows_of_sum(self, everyone: Tensor, counts: Sequence[int]) -> Tensor:
+        """Of the sum over the ranks of `[sum(counts), ...]` the rows that are this rank's: `[counts[rank], ...]`."""
+        parts = [_padded(part, max(counts)) for part in everyone.detach().split(list(counts))]
+        own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+        _reaching(lambda: dist.reduce_scatter(own, parts, group=self._group_of(everyone)))
+        return own[: counts[self.rank]]
+
+    def joined_by_leader(self, part: Tensor, dim: int) -> Tensor | None:
+        """On rank 0, in its main memory: all ranks' parts, of one shape, one after the other along `dim`. None elsewhere.
+
+        A part at a time, so that beside the whole there is no more than one.
+        """
+        mine = part.detach().cpu().contiguous()
+        if not self.leads:
+            for piece in mine.view(-1).split(PIECE_ELEMENTS):
+                _reaching(partial(dist.send, piece, 0))
+            return None
+        shape = list(mine.shape)
+        shape[dim] *= self.size
+        whole = torch.empty(shape, dtype=mine.dtype)
+        whole.narrow(dim, 0, mine.shape[dim]).copy_(mine)
+        theirs = torch.empty_like(mine)
+        for rank in range(1, self.size):
+            for piece in theirs.view(-1).split(PIECE_ELEMENTS):
+                _reaching(partial(dist.recv, piece, rank))
+            whole.narrow(dim, rank * mine.shape[dim], mine.shape[dim]).copy_(theirs)
+        return whole
+
     def _reduce(self, tensor: Tensor, op: Any) -> None:
         _reaching(lambda: dist.all_reduce(tensor, op, group=self._group_of(tensor)))
 
@@ -227,6 +265,15 @@ def _reaching(operation: Callable[[], Any]) -> None:
             "Another rank of this run has ended or cannot be reached, so none can go on. Start all of them again; their "
             "number may be another."
         ) from error
+
+
+def _padded(rows: Tensor, n: int) -> Tensor:
+    """`n` rows, contiguous: those that there are, and zeros."""
+    if len(rows) == n:
+        return rows.contiguous()
+    padded = rows.new_zeros(n, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -59,6 +59,21 @@ def find_fault(trainer: SplicedStepTrainer, batch: Tensor) -> str:
         statistics.restore(trainer)
 
 
+def find_fault_alone(trainer: SplicedStepTrainer, batch: Tensor) -> str | None:
+    """What of `find_fault` a rank with a part of the SAE's features can tell by itself: the model's own overflow, and
+    parameters that are not finite. None where neither is."""
+    objective = trainer.objective
+    micro_batches = trainer.clean_micro_batches(batch, hidden=objective.kl > 0, downstream=objective.beta > 0)
+    return _clean_fault(trainer, micro_batches) or _parameter_fault(trainer)
+
+
+def _parameter_fault(trainer: SplicedStepTrainer) -> str | None:
+    for name, parameter in trainer.sae.named_parameters():
+        if not _finite(parameter):
+            return f"The SAE's {name} is not finite."
+    return None
+
+
 def _clean_fault(trainer: SplicedStepTrainer, micro_batches: list[MicroBatch]) -> str | None:
     precision = "autocast_lm=True" if trainer.runner_cfg.autocast_lm else "its dtype"
     cure = (
@@ -77,9 +92,9 @@ def _clean_fault(trainer: SplicedStepTrainer, micro_batches: list[MicroBatch]) -
 
 
 def _sae_fault(trainer: SplicedStepTrainer, micro_batches: list[MicroBatch], objective: Objective) -> str:
-    for name, parameter in trainer.sae.named_parameters():
-        if not _finite(parameter):
-            return f"The SAE's {name} is not finite."
+    fault = _parameter_fault(trainer)
+    if fault is not None:
+        return fault
     output = trainer.sae_forward(trainer.scaled_sae_in(micro_batches))
     if not _finite(output.sae_out):
         return "The SAE's reconstruction is not finite, while the activation that it reads is."

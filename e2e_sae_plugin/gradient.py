@@ -24,9 +24,11 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.distributed import Ranks
 from e2e_sae_plugin.kernels.heap import give_back
 from e2e_sae_plugin.kernels.ranked_topk import chosen_across
+from e2e_sae_plugin.kernels.sharded import ShardedTokens
 from e2e_sae_plugin.kernels.sparse import fired_counts
 from e2e_sae_plugin.kernels.sparse_sae import SPARSE_DENSITY
 from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.shard import Shard
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import MicroBatch, SplicedTerms, clean_micro_batch, spliced_terms
 from e2e_sae_plugin.step_output import without_large_tensors
@@ -51,6 +53,8 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
     excluded_tokens: Tensor | None
     kl_scale: Tensor | None
     """Of the last step, with `balance_kl`."""
+    shard: Shard | None
+    """Which of the SAE's features `sae` has, where other ranks have the others; None where it has all."""
     _step_ranks: Ranks | None
     """Between which the tokens of the current step are divided; None where this process has all of them."""
     _draws: np.random.Generator
@@ -65,8 +69,11 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def _sae_batches(self, batch: Tensor) -> tuple[Tensor, ...]:
         """The sequences that the SAE runs on together: a micro-batch where tokens do not touch each other, else all.
 
-        Local training has no passes to wait for, and keeps the host's order of summation.
+        Local training has no passes to wait for, and keeps the host's order of summation. Of a sharded dictionary the
+        ranks talk in every forward pass, so all of them make one.
         """
+        if self.shard is not None:
+            return (batch,)
         separable = self.sae.cfg.architecture() in TOKEN_SEPARABLE and self.objective.needs_spliced_pass
         separable &= not self.objective.balance_kl  # whose scale is known when the whole step's KL is
         separable &= not self._parts_cost_more(batch)
@@ -99,15 +106,20 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
         Args:
             share: their trained tokens as a share of the step's, by which means over them enter the step's means.
-            fired: `[d_sae]`, receives how many of the tokens each feature fired on.
+            fired: `[d_sae]`, receives how many of the tokens each feature fired on; of a sharded dictionary, how many of
+                all ranks' tokens each of this rank's features did.
         """
         micro_batches = self.clean_micro_batches(
             tokens, hidden=self.objective.kl > 0, downstream=self.objective.beta > 0
         )
-        with chosen_across(self.sae, self._step_ranks):
+        with chosen_across(self.sae, self._step_ranks if self.shard is None else None):
             output = self.sae_forward(self.scaled_sae_in(micro_batches))
         with torch.no_grad():
-            fired += fired_counts(output.feature_acts)
+            if self.shard is None:
+                fired += fired_counts(output.feature_acts)
+            else:  # of all tokens, but no other features, which says nothing of a token
+                fired[self.shard.features] += fired_counts(output.feature_acts)
+                output.feature_acts = output.sae_out.new_empty(0, self.shard.width)
         reconstructions = self.reconstructions(output)
         spliced = self._spliced_terms(micro_batches, reconstructions, output.loss)
         if self.objective.balance_kl:
@@ -156,18 +168,31 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def sae_forward(self, sae_in: Tensor) -> TrainStepOutput:
         """The forward half of the host's `_train_step`."""
         self.sae.train()
+        dead = self.dead_neurons if self.shard is None else self.dead_neurons[self.shard.features]
         step_input = TrainStepInput(
             sae_in=sae_in,
-            dead_neuron_mask=None if self._leaves_out_dead_features else self.dead_neurons,
+            dead_neuron_mask=None if self._leaves_out_dead_features else dead,
             coefficients=self.get_coefficients(),
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
+        if self.shard is not None:
+            output = kernels.training_forward_pass(self.sae, step_input, self._sharded_tokens(len(sae_in)))
+            assert output is not None
+            return output
         with self.autocast_if_enabled:
             # Local training stays the host's own computation, to the bit; but not the local part of a run.
             is_local = not self.runner_cfg.objective.needs_spliced_pass
             output = None if is_local else kernels.training_forward_pass(self.sae, step_input)
             return self.sae.training_forward_pass(step_input) if output is None else output
+
+    def _sharded_tokens(self, n_own: int) -> ShardedTokens:
+        """The step's tokens, of which this rank has `n_own`."""
+        assert self.shard is not None
+        ranks = self.shard.ranks
+        if self._step_ranks is None:
+            return ShardedTokens(ranks, None)
+        return ShardedTokens(ranks, [int(n) for n in ranks.exchange([n_own])[:, 0]])
 
     @property
     def _leaves_out_dead_features(self) -> bool:

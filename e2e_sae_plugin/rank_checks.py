@@ -24,6 +24,19 @@ def check_alone(what: str, instead: str) -> None:
         )
 
 
+def check_one_process(cfg: E2ESAERunnerConfig) -> None:
+    """Refuse what only has an effect on several ranks.
+
+    Raises:
+        ValueError: names the field and what to do.
+    """
+    if cfg.shard_dictionary:
+        raise ValueError(
+            "shard_dictionary=True has no effect: this is one process, which has all of the dictionary. Start several with "
+            "torchrun (docs/many_devices.md), or leave it at False."
+        )
+
+
 def check_ranks(cfg: E2ESAERunnerConfig, ranks: Ranks) -> None:
     """Refuse a step that does not divide by the ranks, devices that are not there, and what has not been made to work.
 
@@ -38,6 +51,8 @@ def check_ranks(cfg: E2ESAERunnerConfig, ranks: Ranks) -> None:
             f"train_batch_size_tokens={cfg.train_batch_size_tokens} is one step of {prompts} sequences, which do not divide "
             f"by {ranks.size} ranks. Nearest usable: {nearest}."
         )
+    if cfg.shard_dictionary:
+        _check_shards(cfg, ranks)
     if cfg.compile_sae:
         raise ValueError(
             f"compile_sae=True is refused with {ranks.size} ranks: features that are chosen across ranks, and losses that "
@@ -47,6 +62,22 @@ def check_ranks(cfg: E2ESAERunnerConfig, ranks: Ranks) -> None:
         device = getattr(cfg, name)
         if device is not None and torch.device(device).type == "cuda":
             _check_cuda(name, str(device), ranks)
+
+
+def _check_shards(cfg: E2ESAERunnerConfig, ranks: Ranks) -> None:
+    d_sae, target = cfg.sae.d_sae, getattr(cfg.sae, "target_l0", None)
+    if d_sae % ranks.size:
+        below, above = (d_sae // ranks.size + extra for extra in (0, 1))
+        nearest = " or ".join(str(n * ranks.size) for n in (below, above) if n)
+        raise ValueError(
+            f"shard_dictionary=True divides d_sae={d_sae} features between {ranks.size} ranks, by which they do not divide. "
+            f"Nearest usable: {nearest}."
+        )
+    if target is not None and target > d_sae // ranks.size:
+        raise ValueError(
+            f"sae.target_l0={target} is more than the {d_sae // ranks.size} features that shard_dictionary=True leaves each "
+            f"of {ranks.size} ranks, which SAELens refuses of an SAE. Lower it, or use fewer ranks."
+        )
 
 
 def _check_cuda(name: str, device: str, ranks: Ranks) -> None:

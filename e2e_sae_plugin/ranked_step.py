@@ -67,6 +67,21 @@ def sum_gradients(ranks: Ranks, parameters: Sequence[Parameter]) -> None:
             parameter.grad = None
 
 
+def sharded_norm(ranks: Ranks, divided: Sequence[Parameter], everywhere: Sequence[Parameter]) -> Tensor:
+    """The norm of all gradients together, the same on all ranks to the bit.
+
+    Args:
+        divided: parameters of which each rank has another part.
+        everywhere: parameters that every rank has, with the same gradient.
+    """
+    norms = [
+        float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        for parameters in (divided, everywhere)
+    ]
+    seen = ranks.exchange(norms)
+    return (seen[:, 0].square().sum() + seen[0, 1].square()).sqrt().float().to((*divided, *everywhere)[0].device)
+
+
 def with_all_tokens(ranks: Ranks, output: TrainStepOutput) -> TrainStepOutput:
     """For the log: `sae_in` and `sae_out` `[tokens, d_in]` of the whole step, no `feature_acts`, and an architecture's own
     metrics of the whole step (of those named `max_` and `min_` the largest and smallest, of others the mean)."""

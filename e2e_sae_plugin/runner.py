@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import signal
 import warnings
@@ -30,8 +31,11 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
+from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
+from e2e_sae_plugin.kernels import sharded_sae
+from e2e_sae_plugin.kernels.sharded import ShardedTokens
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.output_folder import mark_output, output_is_finished, write_configs
 from e2e_sae_plugin.preflight import (
@@ -40,8 +44,9 @@ from e2e_sae_plugin.preflight import (
     check_model_shape,
     check_wandb_login,
 )
-from e2e_sae_plugin.rank_checks import check_ranks, check_same, check_same_config
+from e2e_sae_plugin.rank_checks import check_one_process, check_ranks, check_same, check_same_config
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
+from e2e_sae_plugin.shard import Shard
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 from e2e_sae_plugin.summary import summarise
 from e2e_sae_plugin.token_stream import TokenStream, check_evaluation_tokens
@@ -86,6 +91,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     ):
         self.ranks = join()
         if self.ranks is None:
+            check_one_process(cfg)
             self._load(cfg, override_dataset, override_model, override_sae, override_evaluation_tokens)
             return
         check_same_config(cfg, self.ranks)
@@ -123,9 +129,13 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.has_run = False
         self.resumed_from = None if self.is_finished else find_checkpoint(cfg, self.identity)
         self.run_folder = run_folder_of(cfg, self.resumed_from)
-        sae = build_sae(cfg) if override_sae is None else override_sae
+        # The whole of a sharded dictionary is only ever on the CPU.
+        sae = build_sae(cfg, "cpu" if cfg.shard_dictionary else None) if override_sae is None else override_sae
         if not self.is_finished and self.leads:
             check_folders(cfg, sae, self.run_folder, self.resumed_from)
+        if cfg.shard_dictionary:
+            assert self.ranks is not None  # refused
+            sae = Shard(self.ranks, cfg.sae.d_sae).cut(sae)
         if override_model is None:
             check_model_shape(cfg)
         own_model = load_model_for(cfg) if override_model is None else None
@@ -162,7 +172,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def run(self) -> SAE[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train, save, share if that is asked, and return the SAE; of a run that `"auto"` finds finished, the SAE that it
-        has saved. Every rank returns the SAE.
+        has saved. Every rank returns the SAE; with `shard_dictionary` rank 0 does, on its CPU, and the others their shard
+        of it.
 
         Re-implemented because the host builds its trainer inside `run`; a test fails when the installed host's version
         of it changes.
@@ -183,7 +194,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                     self._clear_leftovers()
             self._wait_for_leader()
             self._say(f"This run is finished: its SAE is in {self.cfg.output_path}. There is nothing to do.")
-            return SAE.load_from_disk(self.cfg.output_path, device=str(self.cfg.device))
+            device = "cpu" if self.cfg.shard_dictionary else str(self.cfg.device)
+            return SAE.load_from_disk(self.cfg.output_path, device=device)
         if self.has_run:
             raise RuntimeError(
                 "This runner has run already: its SAE is no longer a new one. Build another runner; to go on with an "
@@ -203,8 +215,10 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 self._say(f"Resumed from {self.resumed_from}, after step {trainer.n_training_steps}.")
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
-            if self.cfg.output_path is not None and self.leads:
-                self._save_or_keep_resumable(trainer, self.cfg.output_path)
+            if trainer.shard is not None:
+                sae = trainer.shard.join_sae(trainer.sae) or sae
+            if self.cfg.output_path is not None and (self.leads or trainer.shard is not None):
+                self._save_or_keep_resumable(trainer, self.cfg.output_path, sae)
             self._wait_for_leader()
             if self.cfg.logger.log_to_wandb and self.leads:
                 wandb.finish()
@@ -308,7 +322,13 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         scaler = trainer.activation_scaler
 
         def reconstruct(sae_in: Tensor) -> tuple[Tensor, Tensor]:
-            feature_acts = self.sae.encode(scaler(sae_in.to(self.sae.device, torch.get_default_dtype())))
+            scaled = scaler(sae_in.to(self.sae.device, torch.get_default_dtype()))
+            if trainer.shard is not None:
+                feature_acts, sae_out = sharded_sae.reconstruct(
+                    self.sae, scaled, ShardedTokens(trainer.shard.ranks, None)
+                )
+                return feature_acts, scaler.unscale(sae_out)
+            feature_acts = self.sae.encode(scaled)
             return feature_acts, scaler.unscale(self.sae.decode(feature_acts))
 
         with trainer.model_autocast():
@@ -321,6 +341,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 excluded=self.activations_store.exclude_special_tokens,
                 head_index=self.cfg.hook_head_index,
             )
+        if trainer.shard is not None:  # each rank has counted its own features
+            l0 = float(trainer.shard.ranks.exchange([metrics.l0]).sum())
+            metrics = dataclasses.replace(metrics, l0=l0)
         return metrics.to_log()
 
     def _n_held_out_prompts(self) -> int:
@@ -372,12 +395,20 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             super().save_final_sae(sae, str(folder), log_feature_sparsity)
             write_configs(self.cfg, folder)
 
-    def _save_or_keep_resumable(self, trainer: E2ESAETrainer, output_path: str) -> None:
-        try:
-            self.save_final_sae(trainer.sae, output_path, trainer.log_feature_sparsity)
-        except WRITE_ERRORS as error:
+    def _save_or_keep_resumable(self, trainer: E2ESAETrainer, output_path: str, sae: Any = None) -> None:
+        """Save `sae`, or the trainer's; where that fails, a checkpoint. Of a sharded dictionary rank 0 saves the whole, and
+        the others are here for the checkpoint."""
+        error, checkpoint = None, None
+        if self.leads:
+            try:
+                self.save_final_sae(trainer.sae if sae is None else sae, output_path, trainer.log_feature_sparsity)
+            except WRITE_ERRORS as caught:
+                error = caught
+        failed = error is not None if trainer.shard is None else trainer.shard.ranks.from_leader(error is not None)
+        if failed:
             trainer.unfold()
             checkpoint = trainer.checkpointer.at_stop(trainer)
+        if error is not None:
             where = "It is still in memory, as runner.sae." if checkpoint is None else self._how_to_resume(checkpoint)
             raise OSError(
                 f"The finished SAE could not be saved in output_path={output_path!r}: {error}. {where}"
@@ -400,7 +431,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             return trainer.fit()
         except Stopped:
             number = trainer.stop_request.signal_number
-            checkpoint = self._save_at_stop(trainer, signal.Signals(number).name) if self.leads else None
+            saves = self.leads or trainer.shard is not None  # every rank has a part to give
+            checkpoint = self._save_at_stop(trainer, signal.Signals(number).name) if saves else None
             if self.ranks is not None:  # the others stay until it is saved: where one ends, torchrun ends all
                 checkpoint = self.ranks.from_leader(checkpoint)
             raise run_interrupted(number, checkpoint) from None
@@ -423,6 +455,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         """
         assert self.ranks is not None
         lost = isinstance(error, LostRankError)
+        if trainer.shard is not None:
+            self._end_shards(trainer, error)
+            return
         why = f"A rank of {self.ranks.size} was lost" if lost else type(error).__name__
         speaks = self.ranks.is_successor() and (self.leads or lost)
         if speaks:
@@ -435,6 +470,33 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 speaks = speaks and (self.leads or not self._is_saved(trainer))
                 if speaks:
                     self._save_at_stop(trainer, why)
+            self.ranks.succeeded()
+        if lost and not speaks:
+            raise SystemExit(1) from None
+
+    def _end_shards(self, trainer: E2ESAETrainer, error: Exception) -> None:
+        """Of a sharded dictionary no rank has all, so what all come to at once can be saved, and a rank's own failure not.
+
+        Raises:
+            SystemExit: another rank speaks for a lost one.
+        """
+        assert self.ranks is not None
+        if isinstance(error, NonFiniteError):  # of the whole step, so all ranks are here
+            self._save_at_stop(trainer, type(error).__name__)
+            self._wait_for_leader()
+            return
+        lost = isinstance(error, LostRankError)
+        speaks = self.ranks.is_successor() and (self.leads or lost)
+        if speaks:
+            why = f"A rank of {self.ranks.size} was lost" if lost else type(error).__name__
+            there = [] if self.run_folder is None else self.run_folder.checkpoints()
+            found = [(manifest["n_training_steps"], path) for path, manifest in there if manifest["kind"] != "final"]
+            how = "There is no checkpoint." if not found else self._how_to_resume(max(found)[1])
+            logger.error(
+                "%s at step %d. No rank has all of the sharded dictionary, so no checkpoint of this step could be "
+                "written. %s",
+                why, trainer.n_training_steps, how,
+            )  # fmt: skip
             self.ranks.succeeded()
         if lost and not speaks:
             raise SystemExit(1) from None
@@ -459,7 +521,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         how = "" if checkpoint is None else " " + self._how_to_resume(checkpoint)
         # At a level that other ranks than 0 log too, should one of them have to save.
         level = logging.WARNING if self.leads else logging.ERROR
-        logger.log(level, "%s at step %d. %s.%s", why, steps, done, how)
+        if trainer.shard is None or self.leads:
+            logger.log(level, "%s at step %d. %s.%s", why, steps, done, how)
         return checkpoint
 
     def _how_to_resume(self, checkpoint: Path) -> str:

@@ -21,11 +21,19 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.constraints import DecoderNorms, freeze
 from e2e_sae_plugin.distributed import Ranks
 from e2e_sae_plugin.early_stop import EarlyStop
-from e2e_sae_plugin.faults import NOT_AGAIN, NonFiniteError, StepStatistics, find_fault
+from e2e_sae_plugin.faults import NOT_AGAIN, NonFiniteError, StepStatistics, find_fault, find_fault_alone
 from e2e_sae_plugin.gradient import GradientTrainer
 from e2e_sae_plugin.kernels.ranked_topk import share_threshold
 from e2e_sae_plugin.metrics_log import MetricsLog
-from e2e_sae_plugin.ranked_step import check_digests, digest, dividing, sum_gradients, sum_statistics
+from e2e_sae_plugin.ranked_step import (
+    check_digests,
+    digest,
+    dividing,
+    sharded_norm,
+    sum_gradients,
+    sum_statistics,
+)
+from e2e_sae_plugin.shard import DIVIDED, Shard
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import trained_tokens
 from e2e_sae_plugin.spliced_losses import position_draws
@@ -66,6 +74,12 @@ class SplicedStepTrainer(GradientTrainer):
         )
         self.runner_cfg = cfg
         self.ranks, self._step_ranks = ranks, None
+        self.shard = None
+        if cfg.shard_dictionary:
+            assert ranks is not None  # the runner has refused it
+            self.shard = Shard(ranks, cfg.sae.d_sae)
+            self.n_forward_passes_since_fired = torch.zeros(cfg.sae.d_sae, device=cfg.device)
+            self._reset_running_sparsity_stats()
         freeze(sae, cfg.frozen_parameters)
         self.decoder_norms = DecoderNorms(sae) if cfg.keep_decoder_norms else None
         self.adapter = build_adapter(sae, cfg.adapter, cfg.adapter_rank, cfg.frozen_parameters, cfg.seed)
@@ -87,6 +101,12 @@ class SplicedStepTrainer(GradientTrainer):
         self.last_good_state: State | None = None  # that, once they are too many
         self.is_updating = False
         self.early_stop = EarlyStop(cfg.patience_evaluations)
+
+    def _reset_running_sparsity_stats(self) -> None:
+        """As the host's, but of the whole SAE where this rank has a part of it: the statistics are the same on all."""
+        super()._reset_running_sparsity_stats()
+        if self.shard is not None:
+            self.act_freq_scores = torch.zeros(self.shard.d_sae, device=self.cfg.device)
 
     def trained_parameters(self) -> dict[str, Parameter]:
         """What the optimizer moves, by name: the SAE's parameters that are not frozen, an adapter's in the place of those
@@ -155,9 +175,12 @@ class SplicedStepTrainer(GradientTrainer):
         news = self.ranks.exchange([digest(batch), *self._news()])
         check_digests(self.ranks, news[:, 0].tolist(), self.n_training_steps)
         self._hear(news[:, 1:])
+        if self.shard is not None or self._step_ranks is not None:
+            share_threshold(self.sae, self.ranks, bool(fired.any()))
         if self._step_ranks is None:
+            if self.shard is not None:
+                self.ranks.sum_([fired])
             return output
-        share_threshold(self.sae, self._step_ranks, bool(fired.any()))
         return sum_statistics(self._step_ranks, output, fired)
 
     def _news(self) -> list[float]:
@@ -187,14 +210,26 @@ class SplicedStepTrainer(GradientTrainer):
         if self.adapter is not None:
             self.adapter.pull_gradients()
         limit, trained = self.runner_cfg.max_grad_norm, list(self.trained_parameters().values())
-        if self._step_ranks is not None:
-            sum_gradients(self._step_ranks, trained)
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if self.shard is not None:
+            self.grad_norm = self._sharded_norm()
+        else:
+            if self._step_ranks is not None:
+                sum_gradients(self._step_ranks, trained)
+            self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         norm = float(self.grad_norm)
         # torch's clip_grad_norm_ multiplies by 1 what is within the limit: one more pass over all gradients.
         if limit is not None and not norm <= limit:
             torch.nn.utils.clip_grads_with_norm_(trained, limit, self.grad_norm)
         return math.isfinite(norm)
+
+    def _sharded_norm(self) -> Tensor:
+        """The norm of the whole SAE's gradient, once what every rank has of it is summed."""
+        assert self.shard is not None
+        trained = self.trained_parameters()
+        everywhere = [p for name, p in trained.items() if name not in DIVIDED]
+        if everywhere:  # each rank's features, and rank 0 for the reconstruction, have their part of b_dec's gradient
+            sum_gradients(self.shard.ranks, everywhere)
+        return sharded_norm(self.shard.ranks, [p for name, p in trained.items() if name in DIVIDED], everywhere)
 
     def _update(self) -> None:
         self.optimizer.step()
@@ -241,6 +276,11 @@ class SplicedStepTrainer(GradientTrainer):
     def _find_fault(self, batch: Tensor) -> str:
         """In this rank's part, or the first of the ranks' parts that has one."""
         ranks = self._step_ranks
+        if self.shard is not None:
+            own = batch if ranks is None else ranks.part_of(batch)
+            found = self.shard.ranks.gather(find_fault_alone(self, own))
+            faults = [f"{fault} (Of rank {rank}.)" for rank, fault in enumerate(found) if fault is not None]
+            return faults[0] if faults else "The model's clean pass and the SAE's parameters are finite."
         if ranks is None:
             return find_fault(self, batch)
         found = ranks.gather(find_fault(self, ranks.part_of(batch)))

@@ -10,7 +10,7 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
     """What was trained, what it reached on the held-out sequences, and where it lies."""
     sae = trainer.sae.cfg
     lines = [
-        f"Trained a {sae.architecture()} SAE ({sae.d_in} x {sae.d_sae}) on {cfg.hook_name} for "
+        f"Trained a {sae.architecture()} SAE ({sae.d_in} x {cfg.sae.d_sae}) on {cfg.hook_name} for "
         f"{trainer.n_training_steps:,} steps, {trainer.n_training_samples:,} tokens."
     ]
     held_out = trainer.last_evaluation
@@ -21,7 +21,7 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
             f"L0 {held_out['metrics/held_out_l0']:.1f}   "
             f"explained variance {held_out['metrics/held_out_explained_variance']:.3f}"
         )
-    lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {sae.d_sae:,} dead")
+    lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {cfg.sae.d_sae:,} dead")
     if trainer.n_training_samples < trainer.cfg.total_training_samples - cfg.train_batch_size_tokens + 1:
         lines.append(
             f"  stopped    early, of {cfg.training_tokens:,} tokens: the held-out KL has not fallen for "

@@ -66,7 +66,8 @@ class E2ESAETrainer(SplicedStepTrainer):
         run_folder: where checkpoints go; None for nowhere.
         identity: fingerprints of what the run depends on besides its config, for the checkpoints.
         ranks: the processes that train together, each with its part of every batch; None for this one alone. All of them
-            get the same batches; rank 0 alone evaluates, writes checkpoints and logs.
+            get the same batches; rank 0 alone evaluates, writes checkpoints and logs. With `shard_dictionary`, `sae` is
+            the rank's `Shard` of the whole, and all of them evaluate and give their parts to a checkpoint.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         self.takes_over = False  # whether this rank stands in for rank 0, which is lost
         self._checkpoint_is_due, self._agreed_signal = False, None
         self._batch_is_pending = False
+        self._large: trainer_state.LargeState | None = None  # while a checkpoint is being written
         self._unfolded: tuple[dict[str, Tensor], ActivationScaler, Any] | None = None
 
     def fit(self) -> TrainingSAE[Any]:
@@ -226,6 +228,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         Raises:
             OSError, SafetensorError: it cannot be written; what was there before still is.
         """
+        large = None if self.shard is None else trainer_state.large_state(self)  # all ranks have their parts to give
         if not self.leads and not self.takes_over:
             return
         run_folder = self.checkpointer.run_folder
@@ -233,8 +236,12 @@ class E2ESAETrainer(SplicedStepTrainer):
             run_folder = RunFolder(Path(base_path), self.runner_cfg.keep_checkpoints)
         if run_folder is None and not self.cfg.logger.log_to_wandb:
             return
+        self._large = large
         with path_or_tmp_dir(None if run_folder is None else run_folder.path) as path:
-            written = self.checkpointer.write(self, run_folder or RunFolder(path, 1), checkpoint_name, kind)
+            try:
+                written = self.checkpointer.write(self, run_folder or RunFolder(path, 1), checkpoint_name, kind)
+            finally:
+                self._large = None
             if self.cfg.logger.log_to_wandb and kind != "rolling" and self.leads:
                 self.cfg.logger.log(
                     self,
@@ -244,10 +251,16 @@ class E2ESAETrainer(SplicedStepTrainer):
                     wandb_aliases=wandb_aliases,
                 )
 
+    def large_state_to_save(self) -> trainer_state.LargeState:
+        """What of the state is as large as the SAE; of a sharded dictionary, what the ranks have put together."""
+        large = self._large or trainer_state.large_state(self)
+        assert large is not None  # of a sharded dictionary, `save_checkpoint` alone writes
+        return large
+
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         """All but the SAE's weights, as safetensors and JSON where SAELens pickles."""
         checkpoint_path.mkdir(exist_ok=True, parents=True)
-        trainer_state.save(self, checkpoint_path, self.state_to_save())
+        trainer_state.save(self, checkpoint_path, self.state_to_save(), self.large_state_to_save())
         self.activation_scaler.save(str(checkpoint_path / ACTIVATION_SCALER_CFG_FILENAME))
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
@@ -279,7 +292,12 @@ class E2ESAETrainer(SplicedStepTrainer):
         if self.held_out_evaluator is not None:
             self.sae.eval()
             evaluate = partial(self.held_out_evaluator, self)
-            self.last_evaluation = evaluate() if self.ranks is None else self.ranks.by_leader(evaluate)
+            if self.ranks is None:
+                self.last_evaluation = evaluate()
+            elif self.shard is None:
+                self.last_evaluation = self.ranks.by_leader(evaluate)
+            else:  # every rank has features that it takes
+                self.last_evaluation = self.ranks.from_leader(evaluate())
             self.sae.train()
             self._log(self.last_evaluation, step)
             if not math.isfinite(self.last_evaluation.get("metrics/ce_loss_increase", 0.0)):

@@ -61,6 +61,10 @@ class End:
     error: str | None = None
     status: int | None = None
     seconds: float = 0.0
+    n_trained: int = 0
+    """Numbers that the optimizer moves on this process."""
+    n_moments: int = 0
+    """Numbers that it keeps for them, counts of steps apart."""
 
 
 class _Runner(E2ESAETrainingRunner):
@@ -124,7 +128,13 @@ def do(run: Run) -> End:
         error,
         status,
         time.monotonic() - began,
+        0 if trainer is None else sum(p.numel() for p in trainer.trained_parameters().values()),
+        0 if trainer is None else _n_moments(trainer),
     )
+
+
+def _n_moments(trainer: E2ESAETrainer) -> int:
+    return sum(value.numel() for state in trainer.optimizer.state.values() for value in state.values() if value.ndim)
 
 
 def _main(environment: dict[str, str], runs: list[Run], folder: Path) -> None:

@@ -66,8 +66,11 @@ class Checkpointer:
 
     def at_stop(self, trainer: E2ESAETrainer) -> Path | None:
         """A checkpoint of what the run has reached, or the one that holds it already; None where there can be none."""
-        if self._last is not None and self._last[0] == trainer.counts_to_save()[0]:
-            return self._last[1]
+        is_there = self._last is not None and self._last[0] == trainer.counts_to_save()[0]
+        if trainer.shard is not None:
+            is_there = trainer.shard.ranks.from_leader(is_there)  # who has written it; the others have parts to give
+        if is_there:
+            return self.last
         return self.last if self._attempt(trainer, "rolling", str(trainer.counts_to_save()[1])) else None
 
     def _attempt(self, trainer: E2ESAETrainer, kind: CheckpointKind, name: str) -> bool:
@@ -98,7 +101,7 @@ class Checkpointer:
         }
 
         def fill(folder: Path) -> None:
-            trainer.sae.save_model(folder)
+            trainer.large_state_to_save().sae.save_model(folder)
             save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
             trainer.save_trainer_state(folder)
             if trainer.save_checkpoint_fn is not None:

@@ -35,6 +35,8 @@ MAY_DIFFER = frozenset(
         # changes memory alone.
         "activations_mixing_fraction", "dead_feature_threshold", "llm_compilation_mode", "n_batches_in_buffer",
         "prefetch_llm_batches", "store_batch_size_prompts", "checkpoint_blocks",
+        # Who computes it.
+        "shard_dictionary",
         "sae.device",
     }
 )  # fmt: skip

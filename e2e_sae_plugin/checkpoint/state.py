@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +32,35 @@ _COUNTS = (
     "started_fine_tuning",
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class LargeState:
+    """The large part of a run's state, of the whole SAE."""
+
+    sae: TrainingSAE[Any]
+    moments: dict[str, Tensor]
+    """The optimizer's, as `parameter/key`."""
+    decoder_norms: Tensor | None
+    """`[d_sae, 1]`, with `keep_decoder_norms`."""
+
+
+def large_state(trainer: SplicedStepTrainer) -> LargeState | None:
+    """What `save` writes besides `capture`'s. Of a sharded dictionary it is put together on rank 0's CPU, for which all
+    ranks have to call it, and is None on the others."""
+    moments = {
+        f"{name}/{key}": value
+        for name, parameter in trainer.trained_parameters().items()
+        for key, value in trainer.optimizer.state.get(parameter, {}).items()
+    }
+    norms = {} if trainer.decoder_norms is None else {"decoder_norms": trainer.decoder_norms.norms}
+    if trainer.shard is None:
+        return LargeState(trainer.sae, moments, norms.get("decoder_norms"))
+    sae, joined = trainer.shard.join_sae(trainer.sae), trainer.shard.join({**moments, **norms})
+    if sae is None or joined is None:
+        return None
+    return LargeState(sae, {name: joined[name] for name in moments}, joined.get("decoder_norms"))
+
+
 State = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -36,7 +68,7 @@ def capture(trainer: SplicedStepTrainer, *, last_batch_is_trained: bool = True) 
     """All of a run that is small: counts, schedules, statistics, the data's place, random states.
 
     Returns:
-        What JSON holds, and copies of the tensors. The SAE's weights and the optimizer's moments are not in it.
+        What JSON holds, and copies of the tensors. What is as large as the SAE is not in it: see `large_state`.
     """
     random_json, random_tensors = _random_states()
     data_json: dict[str, Any] | None = None
@@ -55,10 +87,8 @@ def capture(trainer: SplicedStepTrainer, *, last_batch_is_trained: bool = True) 
         "metrics": trainer.metrics_log.state(),
         "early_stop": trainer.early_stop.state(),
     }
-    norms = {} if trainer.decoder_norms is None else {"decoder_norms": trainer.decoder_norms.norms.clone()}
     adapter = {} if trainer.adapter is None else trainer.adapter.state()
     tensors = {
-        **norms,
         **{f"adapter.{name}": tensor for name, tensor in adapter.items()},
         "act_freq_scores": trainer.act_freq_scores.clone(),
         "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired.clone(),
@@ -68,22 +98,19 @@ def capture(trainer: SplicedStepTrainer, *, last_batch_is_trained: bool = True) 
     return json.loads(json.dumps(state)), tensors
 
 
-def save(trainer: SplicedStepTrainer, folder: Path, captured: State) -> None:
+def save(trainer: SplicedStepTrainer, folder: Path, captured: State, large: LargeState) -> None:
     """Write `captured` and the optimizer into `folder`, and the SAE's exact state where SAELens's own file differs."""
     state, tensors = captured
+    if large.decoder_norms is not None:
+        tensors = {**tensors, "decoder_norms": large.decoder_norms}
     (folder / STATE_FILENAME).write_text(json.dumps(state, indent=1) + "\n")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_TENSORS_FILENAME)
-    moments = {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in trainer.trained_parameters().items()
-        for key, value in trainer.optimizer.state.get(parameter, {}).items()
-    }
-    save_file(moments, folder / OPTIMIZER_FILENAME)
+    save_file({name: value.contiguous() for name, value in large.moments.items()}, folder / OPTIMIZER_FILENAME)
     if trainer.early_stop.best_weights:
         save_file(trainer.early_stop.best_weights, folder / BEST_FILENAME)
-    exact = trainer.sae.state_dict()
+    exact = large.sae.state_dict()
     as_saved = dict(exact)
-    trainer.sae.process_state_dict_for_saving(as_saved)
+    large.sae.process_state_dict_for_saving(as_saved)
     if as_saved.keys() != exact.keys() or any(as_saved[name] is not exact[name] for name in exact):
         save_file(exact, folder / SAE_STATE_FILENAME)
 
@@ -96,12 +123,9 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     """
     state = json.loads((folder / STATE_FILENAME).read_text())
     tensors = load_file(folder / STATE_TENSORS_FILENAME)
-    exact = folder / SAE_STATE_FILENAME
-    if exact.exists():
-        trainer.sae.load_state_dict(load_file(exact))
-    else:
-        trainer.sae.load_weights_from_checkpoint(folder)
-    _load_optimizer(trainer, state["optimizer_groups"], load_file(folder / OPTIMIZER_FILENAME))
+    _load_sae(trainer, folder)
+    read = load_file if trainer.shard is None else trainer.shard.read
+    _load_optimizer(trainer, state["optimizer_groups"], read(folder / OPTIMIZER_FILENAME))
     trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
     for name, scheduler_state in state["coefficient_schedulers"].items():
         trainer.coefficient_schedulers[name].load_state_dict(scheduler_state)
@@ -111,7 +135,7 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     trainer.act_freq_scores = tensors["act_freq_scores"].to(device)
     trainer.n_forward_passes_since_fired = tensors["n_forward_passes_since_fired"].to(device)
     if trainer.decoder_norms is not None:
-        trainer.decoder_norms.norms = tensors["decoder_norms"].to(device)
+        trainer.decoder_norms.norms = read(folder / STATE_TENSORS_FILENAME)["decoder_norms"].to(device)
     if trainer.adapter is not None:
         trainer.adapter.load({name.removeprefix("adapter."): tensor for name, tensor in tensors.items()})
     if "early_stop" in state:  # an older checkpoint has none
@@ -125,6 +149,19 @@ def load(trainer: SplicedStepTrainer, folder: Path) -> None:
     earlier = None if saved_output is None else Path(saved_output)
     trainer.metrics_log.resume(state["metrics"], trainer.n_training_samples, earlier)
     _restore_random_states(state["random"], tensors)  # last: drawing data may draw random numbers
+
+
+def _load_sae(trainer: SplicedStepTrainer, folder: Path) -> None:
+    exact = folder / SAE_STATE_FILENAME
+    if trainer.shard is not None:
+        weights = trainer.shard.read(exact if exact.exists() else folder / SAE_WEIGHTS_FILENAME)
+        if not exact.exists():
+            trainer.sae.process_state_dict_for_loading(weights)
+        trainer.sae.load_state_dict(weights)
+    elif exact.exists():
+        trainer.sae.load_state_dict(load_file(exact))
+    else:
+        trainer.sae.load_weights_from_checkpoint(folder)
 
 
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:

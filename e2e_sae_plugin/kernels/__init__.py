@@ -6,18 +6,26 @@ from typing import Any
 
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from e2e_sae_plugin.kernels import relu_sae, topk_sae
+from e2e_sae_plugin.kernels import relu_sae, sharded_sae, topk_sae
+from e2e_sae_plugin.kernels.sharded import ShardedTokens
 
 
-def training_forward_pass(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
+def training_forward_pass(
+    sae: Any, step_input: TrainStepInput, shards: ShardedTokens | None = None
+) -> TrainStepOutput | None:
     """The SAE's `training_forward_pass` by a kernel: same values and gradients, in less time and memory.
 
     Its `feature_acts` has no gradient, and is a sparse COO tensor where few features are active; `hidden_pre` is empty.
+
+    Args:
+        shards: where `sae` is one rank's shard; see `sharded_sae.training_forward_pass`, which knows more architectures.
 
     Returns:
         None where no kernel stands for the SAE's own: another architecture, hooks, autocast, `compile_sae`, input not 2-D,
         or input that has a gradient, as that of an SAE behind another one.
     """
+    if shards is not None:
+        return sharded_sae.training_forward_pass(sae, step_input, shards)
     if step_input.sae_in.ndim != 2 or step_input.sae_in.requires_grad:
         return None
     for kernel in (relu_sae, topk_sae):

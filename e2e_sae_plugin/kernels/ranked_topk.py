@@ -35,10 +35,7 @@ class RankedBatchTopK(BatchTopK):
         Args:
             candidates: the `n_active` largest positive values of this rank, or all, `[n]`: no others can be chosen.
         """
-        everywhere = self.ranks.rows(candidates)
-        if len(everywhere) <= n_active or n_active == 0:
-            return everywhere.new_zeros(()) if n_active else everywhere.new_tensor(torch.inf)
-        return everywhere.topk(n_active, sorted=False).values.min()
+        return smallest_chosen(self.ranks, candidates, n_active)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [tokens, d_sae]` where chosen, else 0. Of values that equal the smallest one chosen all are."""
@@ -49,6 +46,14 @@ class RankedBatchTopK(BatchTopK):
         bound = self.bound(largest[~(largest <= 0)], n_active)
         # NaN is chosen, as by the host, so that the step's loss shows it.
         return torch.where((acts < bound) | (acts <= 0), 0, acts)
+
+
+def smallest_chosen(ranks: Ranks, candidates: Tensor, n_active: int) -> Tensor:
+    """The smallest of the `n_active` largest of all ranks' positive `candidates`; 0 where there are not more of them."""
+    everywhere = ranks.rows(candidates)
+    if len(everywhere) <= n_active or n_active == 0:
+        return everywhere.new_zeros(()) if n_active else everywhere.new_tensor(torch.inf)
+    return everywhere.topk(n_active, sorted=False).values.min()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from e2e_sae_plugin.kernels.sharded import ShardedTokens
 from e2e_sae_plugin.kernels.sparse import ActiveFeatures
 from e2e_sae_plugin.kernels.sparse_sae import Encoder, SparseSAE, select_positive
 
@@ -35,19 +36,27 @@ def can_train(sae: Any) -> bool:
     )
 
 
-def training_forward_pass(sae: StandardTrainingSAE, step_input: TrainStepInput) -> TrainStepOutput:
+def training_forward_pass(
+    sae: StandardTrainingSAE, step_input: TrainStepInput, shards: ShardedTokens | None = None
+) -> TrainStepOutput:
     """`StandardTrainingSAE.training_forward_pass`: same values and gradients, but `feature_acts` has no gradient and is a
-    sparse COO tensor where few features are active, and `hidden_pre` is empty."""
+    sparse COO tensor where few features are active, and `hidden_pre` is empty.
+
+    Args:
+        shards: where `sae` is one rank's shard, whose `feature_acts` are then those of all ranks' tokens.
+    """
     with torch.no_grad():  # the normalisation has no parameters; b_dec's part of the gradient is `_ReLUSAE`'s
-        x = sae.process_sae_in(step_input.sae_in)
+        x = sae.process_sae_in(step_input.sae_in if shards is None else shards.everyones(step_input.sae_in))
         active = select_positive(x, Encoder(sae.W_enc, sae.b_enc))
     parameters = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
-    b_dec_on_input = bool(sae.cfg.apply_b_dec_to_input)
+    b_dec_on_input, adds_b_dec = bool(sae.cfg.apply_b_dec_to_input), shards is None or shards.adds_b_dec
     if isinstance(active, ActiveFeatures):
         feature_acts = active.to_sparse()
-        sae_out, weighted_acts, _ = SparseSAE.apply(*parameters, x, active, None, b_dec_on_input, True)  # pyright: ignore[reportGeneralTypeIssues]
+        sae_out, weighted_acts, _ = SparseSAE.apply(*parameters, x, active, None, b_dec_on_input, True, adds_b_dec)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        sae_out, feature_acts, weighted_acts = _ReLUSAE.apply(x, *parameters, b_dec_on_input, active)  # pyright: ignore[reportGeneralTypeIssues]
+        sae_out, feature_acts, weighted_acts = _ReLUSAE.apply(x, *parameters, b_dec_on_input, active, adds_b_dec)  # pyright: ignore[reportGeneralTypeIssues]
+    if shards is not None:
+        sae_out, weighted_acts = shards.own_sums(sae_out, weighted_acts)
     sae_out = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(sae_out), sae.d_head)
     mse_loss = sae.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
     l1_loss = (step_input.coefficients["l1"] * weighted_acts).mean()
@@ -71,7 +80,7 @@ def feature_tiles(W_enc: Tensor) -> list[slice]:
 class _ReLUSAE(torch.autograd.Function):
     """`x [tokens, d_in]` -> `sae_out`, `feature_acts` (no gradient), `sum_i feature_acts_i ||W_dec_i||` per token.
 
-    `first`: pre-activations of the first tokens, where they are known.
+    `first`: pre-activations of the first tokens, where they are known. `adds_b_dec`: whether `sae_out` has it.
     """
 
     @staticmethod
@@ -84,12 +93,14 @@ class _ReLUSAE(torch.autograd.Function):
         b_dec: Tensor,
         b_dec_on_input: bool,
         first: Tensor | None = None,
+        adds_b_dec: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         known = x.new_empty(0, W_enc.shape[1]) if first is None else first
         rest = slice(len(known), None)
         acts = known if len(known) == len(x) else x.new_empty(len(x), W_enc.shape[1])
         norms = W_dec.norm(dim=1)
-        sae_out, weighted = b_dec.repeat(len(x), 1), x.new_zeros(len(x))
+        sae_out = b_dec.repeat(len(x), 1) if adds_b_dec else x.new_zeros(len(x), W_dec.shape[1])
+        weighted = x.new_zeros(len(x))
         for cols in feature_tiles(W_enc):
             tile = acts[:, cols]
             if acts is not known:
@@ -99,7 +110,7 @@ class _ReLUSAE(torch.autograd.Function):
             sae_out.addmm_(tile, W_dec[cols])
             weighted.addmv_(tile, norms[cols])
         ctx.save_for_backward(x, acts, norms, W_enc, W_dec)
-        ctx.b_dec_on_input = b_dec_on_input
+        ctx.b_dec_on_input, ctx.adds_b_dec = b_dec_on_input, adds_b_dec
         ctx.mark_non_differentiable(acts)
         ctx.set_materialize_grads(False)
         return sae_out, acts, weighted
@@ -112,7 +123,7 @@ class _ReLUSAE(torch.autograd.Function):
         d_out, _, d_weighted = grad_outputs
         x, acts, norms, W_enc, W_dec = ctx.saved_tensors
         if d_out is None and d_weighted is None:
-            return None, None, None, None, None, None, None
+            return None, None, None, None, None, None, None, None
         d_out = x.new_zeros(len(x), W_dec.shape[1]) if d_out is None else d_out.contiguous()
         d_W_enc, d_W_dec, d_b_enc = torch.empty_like(W_enc), torch.empty_like(W_dec), W_enc.new_empty(W_enc.shape[1])
         tiles = feature_tiles(W_enc)
@@ -129,7 +140,7 @@ class _ReLUSAE(torch.autograd.Function):
             torch.ops.aten.threshold_backward.grad_input(d_acts, tile, 0, grad_input=d_acts)  # d relu, in place
             torch.mm(x.T, d_acts, out=d_W_enc[:, cols])
             torch.sum(d_acts, 0, out=d_b_enc[cols])
-        d_b_dec = d_out.sum(0)
+        d_b_dec = d_out.sum(0) if ctx.adds_b_dec else d_out.new_zeros(d_out.shape[1])
         if ctx.b_dec_on_input:  # x = ... - b_dec: only the sum over tokens is needed, not one row per token
             d_b_dec -= W_enc @ d_b_enc
-        return None, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
+        return None, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None, None

@@ -50,10 +50,14 @@ class Encoder:
     scale: Tensor | None = None
     """`[d_sae]` factors on the pre-activations: decoder norms, by which features are then selected."""
 
-    def chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first token, pre-activations `[chunk, d_sae]`) of `x [tokens, d_in]`; each overwrites the one before it."""
+    def chunks(self, x: Tensor, widest: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first token, pre-activations `[chunk, d_sae]`) of `x [tokens, d_in]`; each overwrites the one before it.
+
+        Args:
+            widest: the d_sae that the chunks' size goes by, where it is not this encoder's own.
+        """
         d_sae = self.W_enc.shape[1]
-        size = min(len(x), max(64, CHUNK_ELEMENTS // d_sae // 64 * 64))
+        size = min(len(x), max(64, CHUNK_ELEMENTS // (widest or d_sae) // 64 * 64))
         buffer = x.new_empty(size, d_sae)
         for start in range(0, len(x), max(size, 1)):
             part = buffer[: len(x) - start]
@@ -170,18 +174,28 @@ class DeadFeatures:
     """`[n_dead]`: which they are."""
 
 
+def dead_columns(encoder: Encoder, dead: Tensor) -> Encoder:
+    """The encoder of the features `dead [n_dead]` alone."""
+    scale = None if encoder.scale is None else encoder.scale[dead]
+    return Encoder(encoder.W_enc[:, dead], encoder.b_enc[dead], scale)
+
+
+def among_all(active: ActiveFeatures, columns: Encoder, dead: Tensor, n_features: int) -> ActiveFeatures:
+    """Features that were selected by `columns`, the encoder of `dead` alone, by their numbers among all `n_features`, and
+    without its scale."""
+    values = active.values if columns.scale is None else active.values / columns.scale[active.features]
+    return ActiveFeatures(values, dead[active.features], active.tokens, active.offsets, n_features)
+
+
 def select_dead(x: Tensor, encoder: Encoder, dead: Tensor, k: int) -> ActiveFeatures | DeadFeatures:
     """The k largest pre-activations of each token among the features `dead [n_dead]`, negative ones too.
 
     Only their columns are computed. The values are pre-activations without `encoder.scale`.
     """
-    scale = None if encoder.scale is None else encoder.scale[dead]
-    columns = Encoder(encoder.W_enc[:, dead], encoder.b_enc[dead], scale)
+    columns = dead_columns(encoder, dead)
+    scale = columns.scale
     if k < SPARSE_DENSITY * len(dead):
-        active = select_topk(x, columns, k)
-        values = active.values if scale is None else active.values / scale[active.features]
-        features = dead[active.features]
-        return ActiveFeatures(values, features, active.tokens, active.offsets, encoder.W_enc.shape[1])
+        return among_all(select_topk(x, columns, k), columns, dead, encoder.W_enc.shape[1])
     pre = torch.addmm(columns.b_enc, x, columns.W_enc)
     if k == len(dead):
         return DeadFeatures(pre, None, dead)
@@ -196,7 +210,7 @@ class SparseSAE(torch.autograd.Function):
 
     Arguments: `W_enc, b_enc, W_dec, b_dec` of the usual shapes; `x [tokens, d_in]`, a constant from which b_dec has been
     subtracted if `b_dec_on_input`; the active features, whose values are `max(x W_enc + b_enc, 0)`; the dead ones, without
-    the maximum; `b_dec_on_input`; `with_l1`.
+    the maximum; `b_dec_on_input`; `with_l1`; `adds_b_dec`, whether `sae_out` has it.
     """
 
     @staticmethod
@@ -211,12 +225,15 @@ class SparseSAE(torch.autograd.Function):
         dead: ActiveFeatures | DeadFeatures | None,
         b_dec_on_input: bool,
         with_l1: bool,
+        adds_b_dec: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         norms = W_dec.norm(dim=1) if with_l1 else None
         ctx.save_for_backward(W_enc, W_dec, x, norms)
-        ctx.active, ctx.dead, ctx.b_dec_on_input = active, dead, b_dec_on_input
+        ctx.active, ctx.dead, ctx.b_dec_on_input, ctx.adds_b_dec = active, dead, b_dec_on_input, adds_b_dec
         ctx.set_materialize_grads(False)
-        sae_out = decode(active, W_dec).add_(b_dec)
+        sae_out = decode(active, W_dec)
+        if adds_b_dec:
+            sae_out.add_(b_dec)
         weighted = None if norms is None else decode(active, norms[:, None])[:, 0]
         if isinstance(dead, DeadFeatures):
             return sae_out, weighted, dead.acts @ W_dec[dead.features]
@@ -254,7 +271,7 @@ class SparseSAE(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_W_dec = weighted_sums(values[order], rows[order], offsets, d_rows)
         d_b_enc = column_sums(d_pre, by_feature)
-        d_b_dec = d_out.sum(0)
+        d_b_dec = d_out.sum(0) if ctx.adds_b_dec else d_out.new_zeros(d_out.shape[1])
         if d_weighted is not None and d_W_dec is not None:
             weights = column_sums(d_weighted[active.tokens] * active.values, by_feature)
             # A decoder row of zero length has no direction: gradient 0 there, as in torch's norm.
@@ -270,4 +287,4 @@ class SparseSAE(torch.autograd.Function):
             d_b_enc.index_add_(0, dead.features, d_acts.sum(0))
         if ctx.b_dec_on_input:  # x = ... - b_dec: only the sum over tokens is needed, not one row per token
             d_b_dec = d_b_dec - W_enc @ d_b_enc
-        return d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None, None, None, None
+        return d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None, None, None, None, None
