@@ -11,6 +11,7 @@ import pytest
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_huggingface_loader
 from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, calculate_pre_act_loss
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.standard_sae import StandardTrainingSAE
@@ -126,6 +127,21 @@ FOLLOWED: list[tuple[Callable[..., Any], str, str]] = [
         BatchTopKTrainingSAE.training_forward_pass,
         "d5806c8a77c236e5505a7028f9859db5c6d0290482bcbaf3b5746f535f383592",
         "kernels.topk_sae.training_forward_pass",
+    ),
+    (
+        JumpReLUTrainingSAE.training_forward_pass,
+        "8468d9e0c1468133caabad7e0ee317eef857c94161e67d037cf1721b377f93ce",
+        "kernels.sharded_sae._jumprelu_forward_pass",
+    ),
+    (
+        JumpReLUTrainingSAE.calculate_aux_loss,
+        "205acfe983bf4d9229932277f9d139797d11247292786fb8b2289c0610e90b63",
+        "kernels.sharded_sae._jumprelu_forward_pass",
+    ),
+    (
+        calculate_pre_act_loss,
+        "d92b9b6e5979a1b131bbdb1bd8596c0b9a4f8f259b82b9e758edb8db3d30e969",
+        "kernels.sharded_sae._jumprelu_forward_pass",
     ),
     (
         TrainingSAE.process_sae_in,
