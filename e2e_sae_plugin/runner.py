@@ -31,7 +31,6 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
-from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
 from e2e_sae_plugin.kernels import sharded_sae
@@ -45,6 +44,7 @@ from e2e_sae_plugin.preflight import (
     check_wandb_login,
 )
 from e2e_sae_plugin.rank_checks import check_one_process, check_ranks, check_same, check_same_config
+from e2e_sae_plugin.run_end import RunEnd, how_to_resume
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.shard import Shard
 from e2e_sae_plugin.splice import SplicedModel, splice_into
@@ -361,6 +361,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             resume=None if self.resumed_from is None else "allow",
         )
 
+    @property
+    def _end(self) -> RunEnd:
+        """For a run that stops before its last step."""
+        return RunEnd(self.run_folder, self.ranks, self._folders, self._wait_for_leader)
+
     # Saving.
 
     def _set_sae_metadata(self) -> None:
@@ -409,7 +414,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             trainer.unfold()
             checkpoint = trainer.checkpointer.at_stop(trainer)
         if error is not None:
-            where = "It is still in memory, as runner.sae." if checkpoint is None else self._how_to_resume(checkpoint)
+            where = "It is still in memory, as runner.sae." if checkpoint is None else how_to_resume(checkpoint)
             raise OSError(
                 f"The finished SAE could not be saved in output_path={output_path!r}: {error}. {where}"
             ) from error
@@ -432,99 +437,17 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         except Stopped:
             number = trainer.stop_request.signal_number
             saves = self.leads or trainer.shard is not None  # every rank has a part to give
-            checkpoint = self._save_at_stop(trainer, signal.Signals(number).name) if saves else None
+            checkpoint = self._end.save_at_stop(trainer, signal.Signals(number).name) if saves else None
             if self.ranks is not None:  # the others stay until it is saved: where one ends, torchrun ends all
                 checkpoint = self.ranks.from_leader(checkpoint)
             raise run_interrupted(number, checkpoint) from None
         except KeyboardInterrupt:
             if trainer.checkpointer.last is not None:
-                logger.warning("Stopped at once. %s", self._how_to_resume(trainer.checkpointer.last))
+                logger.warning("Stopped at once. %s", how_to_resume(trainer.checkpointer.last))
             raise
         except Exception as error:
             if self.ranks is None:
-                self._save_at_stop(trainer, type(error).__name__)
+                self._end.save_at_stop(trainer, type(error).__name__)
             else:
-                self._end_ranks(trainer, error)
+                self._end.of_ranks(trainer, error)
             raise
-
-    def _end_ranks(self, trainer: E2ESAETrainer, error: Exception) -> None:
-        """Rank 0 saves and says how to go on; the lowest that is left does, where rank 0 is lost.
-
-        Raises:
-            SystemExit: another rank speaks for a lost one.
-        """
-        assert self.ranks is not None
-        lost = isinstance(error, LostRankError)
-        if trainer.shard is not None:
-            self._end_shards(trainer, error)
-            return
-        why = f"A rank of {self.ranks.size} was lost" if lost else type(error).__name__
-        speaks = self.ranks.is_successor() and (self.leads or lost)
-        if speaks:
-            trainer.takes_over = True
-            with contextlib.ExitStack() as held:
-                try:
-                    held.enter_context(locked(*([] if self.leads else self._folders())))
-                except ValueError:  # another rank does
-                    speaks = False
-                speaks = speaks and (self.leads or not self._is_saved(trainer))
-                if speaks:
-                    self._save_at_stop(trainer, why)
-            self.ranks.succeeded()
-        if lost and not speaks:
-            raise SystemExit(1) from None
-
-    def _end_shards(self, trainer: E2ESAETrainer, error: Exception) -> None:
-        """Of a sharded dictionary no rank has all, so what all come to at once can be saved, and a rank's own failure not.
-
-        Raises:
-            SystemExit: another rank speaks for a lost one.
-        """
-        assert self.ranks is not None
-        if isinstance(error, NonFiniteError):  # of the whole step, so all ranks are here
-            self._save_at_stop(trainer, type(error).__name__)
-            self._wait_for_leader()
-            return
-        lost = isinstance(error, LostRankError)
-        speaks = self.ranks.is_successor() and (self.leads or lost)
-        if speaks:
-            why = f"A rank of {self.ranks.size} was lost" if lost else type(error).__name__
-            there = [] if self.run_folder is None else self.run_folder.checkpoints()
-            found = [(manifest["n_training_steps"], path) for path, manifest in there if manifest["kind"] != "final"]
-            how = "There is no checkpoint." if not found else self._how_to_resume(max(found)[1])
-            logger.error(
-                "%s at step %d. No rank has all of the sharded dictionary, so no checkpoint of this step could be "
-                "written. %s",
-                why, trainer.n_training_steps, how,
-            )  # fmt: skip
-            self.ranks.succeeded()
-        if lost and not speaks:
-            raise SystemExit(1) from None
-
-    def _is_saved(self, trainer: E2ESAETrainer) -> bool:
-        """Whether another rank has written the checkpoint of the last complete step."""
-        there = [] if self.run_folder is None else self.run_folder.checkpoints()
-        return any(manifest["n_training_steps"] == trainer.n_training_steps for _, manifest in there)
-
-    def _save_at_stop(self, trainer: E2ESAETrainer, why: str) -> Path | None:
-        trainer.unfold()
-        steps = trainer.n_training_steps
-        if trainer.is_updating:  # the optimizer failed half-way: these weights are of no step
-            checkpoint, done = trainer.checkpointer.last, "Its weights are incomplete and were not saved"
-        elif steps == 0:
-            checkpoint, done = None, "Nothing was trained yet"
-        else:
-            checkpoint = trainer.checkpointer.at_stop(trainer)
-            done = "Saved a checkpoint" if checkpoint is not None else "No checkpoint could be written"
-        if checkpoint is None and steps > 0 and self.run_folder is None:
-            done = "There is no checkpoint: checkpoint_path is None"
-        how = "" if checkpoint is None else " " + self._how_to_resume(checkpoint)
-        # At a level that other ranks than 0 log too, should one of them have to save.
-        level = logging.WARNING if self.leads else logging.ERROR
-        if trainer.shard is None or self.leads:
-            logger.log(level, "%s at step %d. %s.%s", why, steps, done, how)
-        return checkpoint
-
-    def _how_to_resume(self, checkpoint: Path) -> str:
-        path = str(checkpoint.absolute())  # it may be read in another folder
-        return f"To go on from it, set resume_from_checkpoint={path!r} (on the command line: --resume)."
