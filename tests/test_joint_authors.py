@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from authors import HOW_TO_INSTALL, INSTALLED, import_authors
 from sae_lens import LoggingConfig, StandardTrainingSAE, StandardTrainingSAEConfig
-from test_authors_parity import D_MODEL, D_SAE, N_LAYERS, SPARSITY, TOLERANCE, off_the_decoder, relative_error
+from test_authors_parity import (
+    D_MODEL,
+    D_SAE,
+    N_LAYERS,
+    SPARSITY,
+    TOLERANCE,
+    Coefficients,
+    off_the_decoder,
+    relative_error,
+)
 from test_authors_parity import model as model  # a fixture
 from test_authors_parity import tokens as tokens
 from torch import Tensor
@@ -33,15 +41,6 @@ pytestmark = [
 
 HOOKS = ("blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out", "blocks.4.hook_resid_pre")
 DOWNSTREAM = ("blocks.2.hook_resid_pre", "blocks.3.hook_resid_pre", "blocks.4.hook_resid_pre")
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """As the authors' configs state them."""
-
-    kl: float = 0.0
-    downstream_total: float = 0.0
-    local: float = 0.0
 
 
 OBJECTIVES = {

@@ -123,7 +123,7 @@ class JointStep:
         fired = {name: torch.zeros_like(trainer.act_freq_scores) for name, trainer in self.trainers.items()}
         outputs: dict[str, list[TrainStepOutput]] = {name: [] for name in self.trainers}
         shares: list[float] = []
-        self.terms, self.loss = {}, torch.zeros(())
+        self.terms, self.loss = {}, None
         for tokens in batch.split(cfg.micro_batch_size_prompts):
             with self._leader.model_autocast():
                 micro = self.splice.clean(
@@ -196,13 +196,14 @@ class JointStep:
             values_of = {f"{key}/{name}": value for key, value in own_terms.items()}
             self._add(values_of, share)
         self._add(values, share)
-        assert self.loss is not None
-        self.loss = self.loss + share * total.detach().cpu()
+        part = share * total.detach()  # left where it is: to read a number waits for the device
+        self.loss = part if self.loss is None else self.loss + part
         (total * share).backward()
 
     def _add(self, values: Mapping[str, Tensor], share: float) -> None:
         for name, value in values.items():
-            self.terms[name] = self.terms.get(name, torch.zeros(())) + share * value.detach().cpu()
+            part = share * value.detach()
+            self.terms[name] = part if name not in self.terms else self.terms[name] + part
 
     # Steps that are not finite.
 
