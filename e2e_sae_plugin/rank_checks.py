@@ -33,7 +33,7 @@ def check_one_process(cfg: E2ESAERunnerConfig) -> None:
     if cfg.shard_dictionary:
         raise ValueError(
             "shard_dictionary=True has no effect: this is one process, which has all of the dictionary. Start several with "
-            "torchrun (docs/many_devices.md), or leave it at False."
+            "torchrun (docs/guides/many_devices.md), or leave it at False."
         )
 
 

@@ -161,5 +161,5 @@ def test_the_example_of_the_help_trains(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_example_of_the_docs_is_the_one_of_the_help():
-    text = (Path(__file__).parent.parent / "docs/comparing.md").read_text()
+    text = (Path(__file__).parent.parent / "docs/guides/comparing.md").read_text()
     assert yaml.safe_load(text.split("```yaml\n", 1)[1].split("```", 1)[0]) == example()

@@ -84,7 +84,7 @@ def estimate_run(cfg: E2ESAERunnerConfig, n_steps: int = DEFAULT_STEPS, n_ranks:
     if cfg.shard_dictionary:
         raise ValueError(
             "shard_dictionary=True is not in the model of cost. Leave it at False for the cost with replicas of the SAE; "
-            "docs/many_devices.md says how much of an SAE a rank then holds, and what ranks send each other."
+            "docs/guides/many_devices.md says how much of an SAE a rank then holds, and what ranks send each other."
         )
     device = str(cfg.device)
     if n_ranks is not None:

@@ -29,7 +29,7 @@ STEP_PROMPTS = 8
 EVALUATION_TOKENS = 131_072
 N_EVALUATIONS = 20
 PATIENCE = 5  # a quarter of the run: Adam's first steps cost more than they gain, and the last, small ones gain most
-# The published rate for whole weights; an adapter's numbers have to move further (docs/finetuning.md).
+# The published rate for whole weights; an adapter's numbers have to move further (docs/guides/finetuning.md).
 LEARNING_RATE: dict[Trained, float] = {"all": 5e-5, "decoder": 5e-5, "scale_and_bias": 1e-3, "lora": 2e-4}
 
 # Of the metadata, what says how the SAE is used; fields of the runner's config by the same names.
