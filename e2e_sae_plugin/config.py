@@ -211,6 +211,25 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         return {key: value for key, value in self.to_dict().items() if key in host}
 
     @classmethod
+    def load(cls, path: Path | str, **overrides: Any) -> "E2ESAERunnerConfig":
+        """Read a YAML (or JSON) file such as `run.yaml`, or a run's `e2e_runner_cfg.json`.
+
+        Args:
+            path: of the file; what it leaves out takes the default.
+            **overrides: fields that win over the file's.
+
+        Raises:
+            ValueError: there is no such file, it is no mapping, it names several SAEs, or `from_dict` refuses it.
+        """
+        content = read_yaml(Path(path))
+        if "saes" in content:
+            raise ValueError(
+                f"{str(path)!r} names several SAEs (saes), and this is for a run with one. e2e-sae train takes such a file; "
+                "in Python, MultiE2ESAERunnerConfig.load does."
+            )
+        return cls.from_dict({**content, **overrides})
+
+    @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> "E2ESAERunnerConfig":
         """Read `to_dict`'s output, a host `runner_cfg.json`, or a hand-written mapping that leaves out defaults.
 

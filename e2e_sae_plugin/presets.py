@@ -153,6 +153,7 @@ def paper_config(layer: int, kind: PaperKind, matched: PaperMatch = "ce", **over
         # The authors load GPT-2 with TransformerLens's processing, which centres what is written to the residual stream.
         "model_from_pretrained_kwargs": {"center_writing_weights": True},
         "dataset_path": "apollo-research/Skylion007-openwebtext-tokenizer-gpt2",
+        "prepend_bos": False,  # its rows are tokenised, and cut out of texts one behind the other
         "context_size": 1024,
         "sae": StandardTrainingSAEConfig(
             d_in=GPT2_D_MODEL,

@@ -63,7 +63,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     * the objective goes into the SAE's metadata, the whole config into `e2e_runner_cfg.json` beside SAELens's files;
     * checkpoints from which a run goes on exactly, written by the clock too, and before an interrupted or failing run ends;
     * what can be known to fail is refused before anything is loaded;
-    * started by `torchrun`, each of its processes builds and runs it alike, and they train together (docs/guides/many_devices.md).
+    * started by `torchrun`, each of its processes builds and runs it alike, and they train together
+      (docs/guides/many_devices.md).
 
     Args:
         cfg: the run's config.

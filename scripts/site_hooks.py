@@ -1,0 +1,34 @@
+"""What mkdocs does to pages besides its plugins.
+
+Named in mkdocs.yml (`hooks`). Formulas are drawn as MathML when the site is built, so that a page needs no script and nothing of
+another host for them. Notebooks get a Colab badge where the repository's address is known.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+from latex2mathml.converter import convert
+
+# What pymdownx.arithmatex makes of $...$ and $$...$$ (generic: true).
+FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[\(\[](?P<latex>.*?)\\[\)\]]</(?P=tag)>', re.DOTALL)
+
+
+def on_page_content(page_html: str, **_: Any) -> str:
+    """Called by mkdocs with the page's body as HTML."""
+    return FORMULA.sub(lambda found: mathml(found["latex"], display=found["tag"] == "div"), page_html)
+
+
+def mathml(escaped_latex: str, *, display: bool) -> str:
+    """The formula as MathML.
+
+    Raises:
+        ValueError: part of it cannot be converted, and would stand there as LaTeX.
+    """
+    latex = html.unescape(escaped_latex).strip()
+    drawn = convert(latex, display="block" if display else "inline")
+    if "\\" in drawn or "&<" in drawn:
+        raise ValueError(f"latex2mathml does not know all of the formula {latex!r}: {drawn}")
+    return f'<div class="formula" tabindex="0">{drawn}</div>' if display else drawn

@@ -1,0 +1,162 @@
+"""The code blocks of README and documentation: read from the pages, run one after the other as a reader would.
+
+What a block is decided by its fence and its first line:
+
+* `python` runs in the page's own namespace, `bash` in the page's own folder, where `yaml title="name.yaml"` is saved;
+* a first line `# needs ...` (the Hub, a GPU, a file of yours) says what it cannot have here. It is compiled and type-checked
+  all the same, and its commands have to be ones that the program takes;
+* `diff` shows two scripts, each of which compiles; `text` is output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import yaml
+from sybil import Document
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+LANGUAGES = {"python", "bash", "yaml", "diff", "text", "bibtex"}
+INFO = re.compile(r'(?P<language>\w*) *(?:title="(?P<title>[^"]+)")?[^\n]*\n', re.MULTILINE)
+COMMANDS = ("e2e-sae", "torchrun", "make")
+SECONDS = 240
+"""The most that one bash block may take."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    """Of its fence."""
+    language: str
+    title: str | None
+    source: str
+
+    @property
+    def needs(self) -> str | None:
+        """What it cannot have in a test; None where it runs."""
+        found = re.match(r"# needs (.+)", self.source)
+        return found[1] if found else None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """All blocks of a page, in order."""
+    document = Document(page.read_text(), str(page))
+    return [
+        Block(
+            page,
+            document.text.count("\n", 0, region.start) + 1,
+            region.lexemes["language"] or "",
+            region.lexemes["title"],
+            str(region.lexemes["source"]),
+        )
+        for region in RawFencedCodeBlockLexer(INFO)(document)
+    ]
+
+
+def run(page: Path, folder: Path) -> None:
+    """Run a page's blocks in `folder`, which is the current directory; an error names the block."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        try:
+            if block.language == "yaml" and block.title:
+                (folder / block.title).write_text(block.source)
+            if block.language == "python" and block.needs is None:
+                code = compile("\n" * block.line + block.source, str(page), "exec")
+                exec(code, namespace)
+            if block.language == "bash":
+                run_commands(block, folder) if block.needs is None else check_commands(block)
+        except BaseException as error:
+            error.add_note(f"in the block at {block}")
+            raise
+
+
+def run_commands(block: Block, folder: Path, bin_folder: Path = Path(sys.executable).parent) -> str:
+    """Run a bash block with the programs of `bin_folder`; what it prints."""
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.source],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, f"{block} ended with status {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def check_commands(block: Block) -> None:
+    """The commands of a block that does not run are ones that their programs take."""
+    for words in commands(block):
+        if words[0] == "make":
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+            assert all(word in targets for word in words[1:] if "=" not in word), f"{block}: no such target: {words}"
+            continue
+        if words[0] == "torchrun":
+            if "e2e_sae_plugin" not in words:
+                continue  # a script of the reader's
+            words = words[words.index("e2e_sae_plugin") :]
+        check_arguments(words[1:], str(block))
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The commands of a bash block that are this project's, word by word."""
+    for line in block.source.replace("\\\n", " ").splitlines():
+        for command in re.split(r"&&|;|\||&", line):
+            words = shlex.split(command, comments=True)
+            if words and words[0] in COMMANDS:
+                yield words
+
+
+class _Taken(Exception):
+    """A command line that its parser takes."""
+
+
+def check_arguments(argv: list[str], where: str) -> None:
+    """The command line's own parser takes these arguments; nothing is run."""
+    from e2e_sae_plugin.cli import main
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(*args, **kwargs):
+        parse(*args, **kwargs)
+        raise _Taken
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parsed):
+        try:
+            status = main(argv)
+        except _Taken:
+            return
+        except SystemExit as error:
+            status = error.code
+    assert status == 0, f"{where}: e2e-sae {shlex.join(argv)} is refused (status {status})"
+
+
+def check_yaml(block: Block) -> None:
+    """It is YAML, a mapping."""
+    assert isinstance(yaml.safe_load(block.source), dict), f"{block} is no YAML mapping"
+
+
+def sides(block: Block) -> tuple[str, str]:
+    """What a diff goes from, and to."""
+    lines = block.source.splitlines()
+    old, new = ("\n".join(line[2:] for line in lines if line[:1] != other) for other in ("+", "-"))
+    return old, new
