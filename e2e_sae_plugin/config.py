@@ -123,7 +123,9 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         check_model_settings(
             self.model_class_name, self.model_from_pretrained_kwargs, str(self.device), self.llm_device
         )
+        verbose, self.verbose = self.verbose, False  # what the host prints is about its activation buffer
         super().__post_init__()
+        self.verbose = verbose
         check_normalisation(self.sae.architecture(), self.sae.normalize_activations, self.objective.auxiliary)
         check_dtype(self.sae.architecture(), self.sae.dtype, bool(self.autocast))
         check_start(self)

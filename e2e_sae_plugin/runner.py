@@ -48,7 +48,7 @@ from e2e_sae_plugin.run_end import RunEnd, how_to_resume
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.shard import Shard
 from e2e_sae_plugin.splice import SplicedModel, splice_into
-from e2e_sae_plugin.summary import summarise
+from e2e_sae_plugin.summary import announce, summarise
 from e2e_sae_plugin.token_stream import TokenStream, check_evaluation_tokens
 from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
@@ -214,6 +214,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                     trainer.load_trainer_state(self.resumed_from)
             if self.resumed_from is not None:
                 self._say(f"Resumed from {self.resumed_from}, after step {trainer.n_training_steps}.")
+            self._say(announce(self.cfg))
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
             if trainer.shard is not None:

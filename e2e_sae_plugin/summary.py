@@ -1,9 +1,21 @@
-"""The few lines that a run ends with."""
+"""The line that a run begins with, and the few that it ends with."""
 
 from __future__ import annotations
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.trainer import E2ESAETrainer
+
+
+def announce(cfg: E2ESAERunnerConfig) -> str:
+    """What is about to be trained, and in how many steps."""
+    weights = {name: getattr(cfg.objective, name) for name in ("kl", "beta", "mse")}
+    objective = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
+    steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
+    return (
+        f"Training a {cfg.sae.architecture()} SAE ({cfg.sae.d_in} x {cfg.sae.d_sae}) on {cfg.hook_name} "
+        f"of {cfg.model_name}, {objective}: {steps:,} steps of {cfg.step_size_prompts:,} x "
+        f"{cfg.training_context_size:,} tokens, {cfg.micro_batch_size_prompts:,} sequences at once."
+    )
 
 
 def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:

@@ -16,9 +16,20 @@ from latex2mathml.converter import convert
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[\(\[](?P<latex>.*?)\\[\)\]]</(?P=tag)>', re.DOTALL)
 
 
+# Markdown has no tables without a head; an empty cell of it is no heading, and a head of empty cells is none.
+EMPTY_HEADING = re.compile(r"<th(?P<style>[^>]*)></th>")
+EMPTY_HEAD = re.compile(r"<thead>\s*<tr>(\s*<td[^>]*></td>)+\s*</tr>\s*</thead>")
+
+
 def on_page_content(page_html: str, **_: Any) -> str:
     """Called by mkdocs with the page's body as HTML."""
-    return FORMULA.sub(lambda found: mathml(found["latex"], display=found["tag"] == "div"), page_html)
+    page_html = FORMULA.sub(lambda found: mathml(found["latex"], display=found["tag"] == "div"), page_html)
+    return EMPTY_HEAD.sub("", EMPTY_HEADING.sub(r"<td\g<style>></td>", page_html))
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Called by mkdocs with the whole page: the theme's search dialog has no name of its own for screen readers."""
+    return output.replace('data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"')
 
 
 def mathml(escaped_latex: str, *, display: bool) -> str:

@@ -1,4 +1,4 @@
-"""A real browser for the tests of reports: opens a local file, notes what it complains about or asks servers for."""
+"""A real browser for the tests of reports and site: opens a page, notes what it complains about or asks other hosts for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ARGUMENTS = (
     "--no-first-run",
     "--disable-quic",
 )
-LOCAL = ("file:", "data:", "blob:", "about:")
+LOCAL = ("file:", "data:", "blob:", "about:", "http://127.0.0.1:")
 
 # In the page: the contrast of an element's text with what is behind it, as WCAG computes it. Colours go through a canvas,
 # as they may be written in any way.
@@ -90,9 +90,13 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(
-    browser: Browser, path: Path, width: int = 1366, height: int = 768, scheme: Literal["light", "dark"] = "light"
+    browser: Browser,
+    place: Path | str,
+    width: int = 1366,
+    height: int = 768,
+    scheme: Literal["light", "dark"] = "light",
 ) -> Iterator[Visit]:
-    """The page in a window of that size, for somebody who prefers that theme."""
+    """The page, a file or an address, in a window of that size, for somebody who prefers that theme."""
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     visit = Visit(context.new_page())
 
@@ -109,7 +113,7 @@ def opened(
     visit.page.on("requestfailed", lambda request: visit.problems.append(f"failed: {request.url}"))
     visit.page.on("pageerror", lambda error: visit.problems.append(f"exception: {error}"))
     try:
-        visit.page.goto(path.resolve().as_uri(), wait_until="load")
+        visit.page.goto(place if isinstance(place, str) else place.resolve().as_uri(), wait_until="load")
         yield visit
     finally:
         context.close()

@@ -54,11 +54,10 @@ class MultiE2ESAERunnerConfig:
             `"greedy"`, where those after an SAE are not there yet, only with frozen ones.
         objective: as `E2ESAERunnerConfig.objective`; downstream terms count from the first SAE in the pass, and `mse` of
             each SAE compares what it writes with what it reads there. Default: the KL alone.
-        local_first: share of the tokens, as in `E2ESAERunnerConfig`, that each SAE is first trained with by itself, locally
-            and on the clean model.
         output_path: gets one SAE folder per name, `sae_set.json` that names them, and `joint.csv` with what they cost.
         checkpoint_path: gets the checkpoints, of all SAEs at once; None for none. Default: `<output_path>-checkpoints`.
-        shared: every other field of `E2ESAERunnerConfig`, the same for all.
+        **shared: every other field of `E2ESAERunnerConfig`, the same for all. `local_first` trains each SAE by itself for
+            that share of the tokens, locally and on the clean model.
 
     Raises:
         ValueError: names that do not match, SAEs that overlap at one hook, a setting that means nothing in the mode, or what
