@@ -60,7 +60,7 @@ faults: $(DEV)  ## kill, interrupt and starve runs at many moments, and compare 
 	$(BIN)/pytest -m exhaustive
 
 docs: $(DEV)  ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # with --quiet, mkdocs counts no warning and --strict fails for none
 
 wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and run it there
 	rm -rf dist build/clean
