@@ -59,8 +59,9 @@ $(TESTED): $(DEV) $(SOURCES)
 faults: $(DEV)  ## kill, interrupt and starve runs at many moments, and compare what they end with (two minutes)
 	$(BIN)/pytest -m exhaustive
 
+# Not --quiet, with which mkdocs counts no warning and --strict fails for none.
 docs: $(DEV)  ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # with --quiet, mkdocs counts no warning and --strict fails for none
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and run it there
 	rm -rf dist build/clean
