@@ -38,7 +38,7 @@ def site(tmp_path_factory) -> Iterator[str]:
     """The address of the site as it is built now."""
     folder = tmp_path_factory.mktemp("site")
     subprocess.run(
-        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--quiet", "--site-dir", folder],
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
         check=True,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
