@@ -1,7 +1,7 @@
 """What mkdocs does to pages besides its plugins.
 
-Named in mkdocs.yml (`hooks`). Formulas are drawn as MathML when the site is built, so that a page needs no script and nothing of
-another host for them. Notebooks get a Colab badge where the repository's address is known.
+Named in mkdocs.yml (`hooks`). Formulas are drawn as MathML when the site is built, so that a page needs no script and nothing
+of another host for them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def on_page_content(page_html: str, **_: Any) -> str:
 
 def on_post_page(output: str, **_: Any) -> str:
     """Called by mkdocs with the whole page: the theme's search dialog has no name of its own for screen readers."""
-    return output.replace('data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"')
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
 
 
 def mathml(escaped_latex: str, *, display: bool) -> str:
