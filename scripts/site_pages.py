@@ -1,6 +1,6 @@
 """What mkdocs does to pages besides its plugins.
 
-Named in mkdocs.yml (`hooks`). Formulas are drawn as MathML when the site is built, so that a page needs no script and nothing
+Named in mkdocs.yml (`hooks`). Formulas are drawn as MathML when the site is built, so a page needs no script and nothing
 of another host for them.
 """
 

@@ -98,7 +98,8 @@ def evaluate_many(
             f"tokens has sequences of {tokens.shape[1]} tokens, but the model's context is {longest}. Cut them up."
         )
     pieces = tokens.split(batch_size_prompts)
-    bar = tqdm(total=2 * len(tokens), unit="seq", desc="Evaluating", disable=not progress)
+    hidden: dict[str, Any] = {} if progress else {"disable": True}  # or TQDM_DISABLE would not be heard
+    bar = tqdm(total=2 * len(tokens), unit="seq", desc="Evaluating", **hidden)
     means, n_predicted = RunningMeans(), 0
     for piece in pieces:
         micro = _clean(spliced_model, piece, place, hidden=False)
