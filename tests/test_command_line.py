@@ -283,3 +283,17 @@ def test_the_exit_of_train_without_arguments(capsys: pytest.CaptureFixture[str])
 def test_commands_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         COMMANDS["train"].name = "x"  # type: ignore[misc]
+
+
+def test_the_example_of_train_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """As it is in the help, with fewer tokens."""
+    monkeypatch.chdir(tmp_path)
+    assert answer("train", "--help") == 0
+    example = (
+        capsys.readouterr().out.split("--resume auto\n  e2e-sae ")[1].split("\n      an SAE")[0].replace("\\\n", "")
+    )
+    words = example.replace("200_000", "1_024").split()
+    assert answer(*words) == 0
+    assert (tmp_path / "first_sae/sae_weights.safetensors").is_file()

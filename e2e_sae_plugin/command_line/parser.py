@@ -27,7 +27,7 @@ class CommandParser(argparse.ArgumentParser):
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": examples}
         super().__init__(prog=f"e2e-sae {command}", allow_abbrev=False, **{**defaults, **kwargs})
 
-    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # typeshed has overloads
         """Like argparse's, but an unknown option is refused before all else: a required one that is misspelt would
         otherwise be called missing."""
         given = list(sys.argv[1:] if args is None else args)

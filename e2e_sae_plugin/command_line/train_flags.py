@@ -36,7 +36,8 @@ examples:
   e2e-sae train --config run.yaml --resume auto
   e2e-sae train --model_name e2e-sae-demo --dataset_path e2e-sae-demo --hook_name blocks.3.hook_resid_pre \\
       --architecture topk --d_in 128 --d_sae 1024 --k 32 --normalize_activations expected_average_only_in \\
-      --training_tokens 200_000 --train_batch_size_tokens 512 --lr 0.005 --output_path first_sae --log_to_wandb false
+      --n_batches_for_norm_estimate 10 --training_tokens 200_000 --train_batch_size_tokens 512 \\
+      --store_batch_size_prompts 4 --lr 0.005 --output_path first_sae --log_to_wandb false
       an SAE of the bundled model: no network, a few minutes
 
 A file has the same names, with the SAE's below `sae` and the objective's below `objective`; e2e_runner_cfg.json in a run's
@@ -93,7 +94,7 @@ def config_from_flags(flags: Sequence[str], command: str = "train") -> E2ESAERun
     return config
 
 
-class TrainParser(CommandParser, simple_parsing.ArgumentParser):
+class TrainParser(CommandParser, simple_parsing.ArgumentParser):  # type: ignore[override]
     """Takes the flags' help from docstrings, not from comments near the fields (as SAELens's own parser does), and says
     which of the host's fields are read otherwise here.
 
