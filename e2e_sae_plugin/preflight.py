@@ -149,6 +149,35 @@ def check_device_name(field: str, device: str) -> None:
         ) from None
 
 
+def device_or_default(field: str, device: str | None) -> str:
+    """A device that can be used; CUDA where there is one, else the CPU, where none is named.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device_name(field, device)
+    return device
+
+
+def check_device_spelling(cfg: E2ESAERunnerConfig) -> None:
+    """Refuse a device whose name torch does not know, whether or not this machine has it.
+
+    Raises:
+        ValueError: names the field and the device.
+    """
+    for field in ("device", "llm_device"):
+        name = getattr(cfg, field)
+        try:
+            torch.device("cpu" if name is None else name)
+        except RuntimeError:
+            raise ValueError(
+                f"{field}={str(name)!r} is no name of a device. Expected one that torch.device() takes: cpu, cuda, cuda:1, "
+                "mps, ..."
+            ) from None
+
+
 def check_model_shape(cfg: E2ESAERunnerConfig) -> None:
     """Compare hook, width and context with the model's config, which is a small file, before its weights are fetched.
 

@@ -65,12 +65,13 @@ def quick_config(
             dataset of its own choice), or any of the above to change.
 
     Raises:
-        ValueError: a size is below 1, `d_sae` contradicts `sae`, or the config refuses a value.
+        ValueError: a size is no whole number or below 1, `d_sae` contradicts `sae`, or the config refuses a value.
     """
-    sizes = {"d_in": d_in, "training_tokens": training_tokens, "context_size": context_size}
-    for name, value in {**sizes, "d_sae": d_sae, "step_sequences": step_sequences}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    _check_sizes(
+        d_in=d_in, training_tokens=training_tokens, context_size=context_size, step_sequences=step_sequences, k=k
+    )
+    if d_sae is not None:
+        _check_sizes(d_sae=d_sae)
     sae = overrides.get("sae")
     if sae is not None and d_sae not in (None, sae.d_sae):
         raise ValueError(f"d_sae={d_sae} contradicts sae, which has d_sae={sae.d_sae}. Give one of the two.")
@@ -95,6 +96,15 @@ def quick_config(
         "lr_warm_up_steps": int(min(100, training_tokens // step_tokens // 10)),
     }
     return E2ESAERunnerConfig(**{**settings, **overrides})
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        # 1e6 is how many write a million
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+            raise ValueError(f"{name} must be a whole number, got {value!r}. Give for instance {name}=1024.")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}.")
 
 
 def objective_from_authors(

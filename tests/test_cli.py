@@ -13,7 +13,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from e2e_sae_plugin import __version__
 from e2e_sae_plugin.checkpoint import read_manifest
-from e2e_sae_plugin.cli import load_config, main, parse_train_config
+from e2e_sae_plugin.cli import main
+from e2e_sae_plugin.command_line.train_command import load_config, parse_train_config
 from e2e_sae_plugin.objective import Objective
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -250,7 +250,7 @@ def test_a_damaged_sae_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    "flags", [["--model-dtype", "foo"], ["--model-dtype", "bfloat16"], ["--model-class", "TransformerBridge"]]
+    "flags", [["--model-dtype", "float16"], ["--model-dtype", "bfloat16"], ["--model-class", "TransformerBridge"]]
 )
 def test_settings_without_effect_on_the_bundled_model_are_refused(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

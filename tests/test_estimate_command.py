@@ -12,11 +12,12 @@ import yaml
 from helpers import runner_config, tiny_hooked_transformer, training_sae
 
 from e2e_sae_plugin import Objective
-from e2e_sae_plugin.cli import load_config, main
+from e2e_sae_plugin.cli import main
+from e2e_sae_plugin.command_line.train_command import load_config
 from e2e_sae_plugin.cost import estimate, measure
 from e2e_sae_plugin.cost.estimate import estimate_run
 from e2e_sae_plugin.cost.measure import Measurement, RunParts, StepTimes, matmul_speed, measure_steps
-from e2e_sae_plugin.cost.report import duration, report
+from e2e_sae_plugin.cost.report import duration, memory_size, report
 from e2e_sae_plugin.splice import splice_into
 from e2e_sae_plugin.step import SplicedStepTrainer
 
@@ -172,6 +173,7 @@ def test_other_errors_of_a_step_are_not_hidden(file: Path, monkeypatch: pytest.M
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--resume", "auto"], "--resume has no effect on an estimate"),
         (["--json", "nowhere/figures.json"], "--json: there is no folder"),
+        (["--json", "."], "--json '.' is a folder. Name a file in it."),
         (["--kl", "2"], "takes no other flags; got --kl 2"),
     ],
 )
@@ -189,6 +191,8 @@ def test_flags_that_contradict_each_other_exit_with_2(
         ({"hook_name": "blocks.30.hook_resid_pre"}, "blocks.30"),
         ({"context_size": 1024, "train_batch_size_tokens": 1024}, "context"),
         ({"learning_rate": 1}, "Unknown key 'learning_rate'"),
+        ({"device": "cdua"}, "device='cdua' is no name of a device. Expected one that torch.device() takes"),
+        ({"llm_device": "gpu:0"}, "llm_device='gpu:0' is no name of a device"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(
@@ -199,11 +203,15 @@ def test_what_a_run_would_refuse_is_refused(
 
 
 def test_help_and_nothing(capsys: pytest.CaptureFixture[str]):
-    assert main(["estimate", "--help"]) == 0
+    with pytest.raises(SystemExit) as exit_info:
+        main(["estimate", "--help"])
+    assert exit_info.value.code == 0
     text = capsys.readouterr().out
     for words in ("--config FILE", "--no-measure", "--steps", "--json FILE"):
         assert words in text
-    assert main(["estimate"]) == 2
+    with pytest.raises(SystemExit) as exit_info:
+        main(["estimate"])
+    assert exit_info.value.code == 2
     assert "give --config FILE" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "estimate " in capsys.readouterr().out
@@ -270,3 +278,11 @@ def test_what_is_approximated_of_the_kl_is_said_not_to_be_counted(
     content["objective"] = {"kl": 1.0, "kl_positions": 0.25}
     assert main(["estimate", "--config", str(write(tmp_path, content)), "--no-measure"]) == 0
     assert "KL on 25 % of the positions, drawn at each step: not counted below" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0.0 MB"), (1_234_567, "1.2 MB"), (99_900_000, "99.9 MB"), (1e8, "0.10 GB"), (12_345_678_901, "12.35 GB")],
+)
+def test_sizes_of_small_models_are_not_nought(n_bytes: float, text: str):
+    assert memory_size(n_bytes) == text

@@ -10,7 +10,7 @@ from helpers import runner_config, sae_config, tiny_gpt2_model, tiny_tokenizer, 
 from sae_lens import SAE
 
 from e2e_sae_plugin.cli import main
-from e2e_sae_plugin.finetune.command import number_of_tokens
+from e2e_sae_plugin.command_line.parser import number_of_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
 

@@ -14,6 +14,7 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import save
 
+from e2e_sae_plugin.command_line.hub_flags import pretrained_parser
 from e2e_sae_plugin.comparison.subjects import subject
 from e2e_sae_plugin.finetune.lineage import OF_THE_ORIGINAL
 from e2e_sae_plugin.finetune.start import load_sae, same_weights
@@ -178,12 +179,12 @@ def test_a_fine_tuned_one_is_no_longer_of_its_kind():
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]):
-    pretrained_command(["--layer", "6", "--kind", "e2e", "--matched", "ce"])
+    pretrained_command(pretrained_parser().parse_args(["--layer", "6", "--kind", "e2e", "--matched", "ce"]))
     shown = capsys.readouterr().out
     assert shown.startswith(str(list_pretrained(6, "e2e", "ce")))
     assert 'load_pretrained("e2e-sae-gpt2-small", layer=6, kind="e2e", matched="ce")' in shown
     assert "e2e-sae evaluate gpt2-small-res_sce-ajt:blocks.6.hook_resid_pre --dataset apollo-research/" in shown
-    pretrained_command(["--json"])
+    pretrained_command(pretrained_parser().parse_args(["--json"]))
     assert json.loads(capsys.readouterr().out) == [row.to_dict() for row in ROWS]
     with pytest.raises(ValueError, match="kind='sae'"):
-        pretrained_command(["--kind", "sae"])
+        list_pretrained(kind="sae")

@@ -64,6 +64,16 @@ def test_sizes_below_one_are_refused_by_name(changed: dict[str, int]):
         quick_config(**arguments, **QUIET)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"d_sae": "100"}, {"d_in": None}, {"k": 2.5}, {"training_tokens": float("inf")}, {"context_size": True}]
+)
+def test_sizes_that_are_no_whole_numbers_are_refused_by_name(changed: dict[str, Any]):
+    name, value = next(iter(changed.items()))
+    arguments: dict[str, Any] = {"hook_name": HOOK, "d_in": 128, "training_tokens": 102_400, **changed}
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, got {value!r}"):
+        quick_config(**arguments, **QUIET)
+
+
 def test_a_run_shorter_than_a_step_is_refused_as_in_any_config():
     with pytest.raises(ValueError, match="training_tokens=100 is less than one step"):
         quick_config(HOOK, 128, 100, **QUIET)

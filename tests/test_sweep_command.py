@@ -11,10 +11,10 @@ import yaml
 from test_sweep import break_at
 
 from e2e_sae_plugin.cli import main
+from e2e_sae_plugin.command_line.run_flags import SWEEP_FILE as EXAMPLE
 from e2e_sae_plugin.demo import corpus
 from e2e_sae_plugin.step import SplicedStepTrainer
 from e2e_sae_plugin.sweep import SweepConfig
-from e2e_sae_plugin.sweep.command import EXAMPLE
 
 
 def example() -> dict[str, Any]:

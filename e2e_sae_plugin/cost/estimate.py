@@ -16,7 +16,7 @@ from e2e_sae_plugin.cost.ranks import Ranks, config_of_rank, ranks_of
 from e2e_sae_plugin.cost.workload import Workload, workload_of
 from e2e_sae_plugin.demo.bundled import BUNDLED
 from e2e_sae_plugin.objective import Objective
-from e2e_sae_plugin.preflight import check_device, check_model_shape
+from e2e_sae_plugin.preflight import check_device, check_device_spelling, check_model_shape
 
 DEFAULT_STEPS = 3
 RAN_OUT = "a step ran out of memory"
@@ -91,8 +91,7 @@ def estimate_run(cfg: E2ESAERunnerConfig, n_steps: int = DEFAULT_STEPS, n_ranks:
         cfg = config_of_rank(cfg, n_ranks)
     llm_device = str(cfg.llm_device or device)
     on_cpu = is_cpu(device)
-    if n_steps:
-        check_device(cfg)
+    (check_device if n_steps else check_device_spelling)(cfg)
     free = {name: _available(name) for name in (device, llm_device)}
     available = free[device] if llm_device == device else None
     if cfg.model_name != BUNDLED:

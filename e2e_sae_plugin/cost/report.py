@@ -53,20 +53,20 @@ def _flops_lines(estimate: Estimate) -> list[str]:
             f"  in the local part, the first {estimate.cfg.local_first:.0%} of the run: {local / 1e6:,.1f} MFLOP"
         )
     lines.append(f"of the run: {estimate.run_flops:.3g} FLOP")
-    lines.append(f"and the optimizer moves {optimizer_bytes(estimate.work) / 1e9:,.2f} GB at each step")
+    lines.append(f"and the optimizer moves {memory_size(optimizer_bytes(estimate.work))} at each step")
     return lines
 
 
 def _memory_lines(estimate: Estimate) -> list[str]:
     memory = estimate.memory
     lines = [
-        f"Memory: {memory.peak_bytes / 1e9:,.2f} GB at once by the estimate, in the {memory.peak_phase}. By part, each at "
+        f"Memory: {memory_size(memory.peak_bytes)} at once by the estimate, in the {memory.peak_phase}. By part, each at "
         "its largest:"
     ]
-    lines += [f"  {size / 1e9:10,.2f} GB  {part}" for part, size in memory.parts.items() if size >= 5e5]
+    lines += [f"  {memory_size(size):>13}  {part}" for part, size in memory.parts.items() if size >= 5e5]
     measured = estimate.measurement.peak_bytes if estimate.measurement is not None else None
     if measured is not None:
-        lines.append(f"measured: {measured / 1e9:,.2f} GB")
+        lines.append(f"measured: {memory_size(measured)}")
     if len(estimate.placements) > 1:
         return lines + _placement_lines(estimate.placements)
     device = estimate.cfg.device
@@ -74,7 +74,7 @@ def _memory_lines(estimate: Estimate) -> list[str]:
         lines.append(f"how much memory {device} has free is not known here, so whether it fits is not checked")
     else:
         verdict = "it fits" if estimate.fits else "IT DOES NOT FIT"
-        lines.append(f"free on {device}: {estimate.available_bytes / 1e9:,.2f} GB; {verdict}")
+        lines.append(f"free on {device}: {memory_size(estimate.available_bytes)}; {verdict}")
     return lines
 
 
@@ -82,10 +82,10 @@ def _placement_lines(placements: tuple[Placement, ...]) -> list[str]:
     lines: list[str] = ["of that, on each device:"]
     for one in placements:
         peak = one.memory.peak_bytes
-        line = f"  {peak / 1e9:10,.2f} GB  {one.device}, which holds the {one.holds}"
+        line = f"  {memory_size(peak):>13}  {one.device}, which holds the {one.holds}"
         if one.available_bytes is not None:
             fits = peak <= HEADROOM * one.available_bytes
-            line += f"; free: {one.available_bytes / 1e9:,.2f} GB; {'it fits' if fits else 'IT DOES NOT FIT'}"
+            line += f"; free: {memory_size(one.available_bytes)}; {'it fits' if fits else 'IT DOES NOT FIT'}"
         lines.append(line)
     return lines
 
@@ -98,8 +98,8 @@ def _rank_lines(estimate: Estimate) -> list[str]:
         "",
         f"{ranks.n} ranks: {ranks.tokens_per_rank:,} of a step's {ranks.n * ranks.tokens_per_rank:,} tokens on each; memory "
         "above and times below are one rank's",
-        f"  {ranks.reduced_bytes / 1e9:,.3f} GB of gradients are summed at each step; in a ring each rank sends "
-        f"{ranks.sent_bytes / 1e9:,.3f} GB",
+        f"  {memory_size(ranks.reduced_bytes)} of gradients are summed at each step; in a ring each rank sends "
+        f"{memory_size(ranks.sent_bytes)}",
     ]
 
 
@@ -125,9 +125,14 @@ def _advice_lines(advice: list[Advice], by_memory: bool) -> list[str]:
         return ["  no setting of this run makes a difference; use a smaller model or a larger machine"]
     lines: list[str] = []
     for one in advice:
-        saving = f"{one.memory_saving / 1e9:8,.2f} GB" if by_memory else f"{one.flops_saving:8.0%}"
+        saving = f"{memory_size(one.memory_saving):>11}" if by_memory else f"{one.flops_saving:8.0%}"
         lines.append(f"  {saving}  {one.change}" + (f"; {one.price}" if one.price else "; the result stays the same"))
     return lines
+
+
+def memory_size(n_bytes: float) -> str:
+    """Such as `1.25 GB`, or `42.0 MB` below 0.1 GB."""
+    return f"{n_bytes / 1e9:,.2f} GB" if abs(n_bytes) >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:

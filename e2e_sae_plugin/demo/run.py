@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import time
 import warnings
@@ -163,3 +164,8 @@ def run_demo(output: Path, training_tokens: int = 1_000_000, seed: int = 0) -> s
             "Train yours:  e2e-sae train --help",
         ]
     )
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    """`e2e-sae demo`."""
+    print(run_demo(args.output, args.tokens, args.seed))
