@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from e2e_sae_plugin.joint import load_sae_set as load_sae_set
     from e2e_sae_plugin.objective import Objective as Objective
     from e2e_sae_plugin.presets import paper_config as paper_config
+    from e2e_sae_plugin.presets import quick_config as quick_config
     from e2e_sae_plugin.runner import E2ESAETrainingRunner as E2ESAETrainingRunner
     from e2e_sae_plugin.splice import SplicedModel as SplicedModel
     from e2e_sae_plugin.splice import splice_into as splice_into
@@ -69,6 +70,7 @@ __all__ = [
     "load_sae_set",
     "paper_config",
     "push_to_hub",
+    "quick_config",
     "splice_into",
     "write_comparison",
 ]
@@ -88,7 +90,7 @@ _DEFINED_IN = {
     "interruption": ("RunInterrupted",),
     "joint": ("MultiE2ESAERunnerConfig", "MultiE2ESAETrainingRunner", "SAESet", "load_sae_set"),
     "objective": ("Objective",),
-    "presets": ("paper_config",),
+    "presets": ("paper_config", "quick_config"),
     "runner": ("E2ESAETrainingRunner",),
     "splice": ("SplicedModel", "splice_into"),
     "sweep": ("SweepConfig", "SweepKind", "SweepRunner"),

@@ -10,7 +10,6 @@ What a block is decided by its fence and its first line:
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -19,8 +18,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
+import torch
 import yaml
 from sybil import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
@@ -48,7 +47,7 @@ class Block:
     @property
     def needs(self) -> str | None:
         """What it cannot have in a test; None where it runs."""
-        found = re.match(r"# needs (.+)", self.source)
+        found = re.match(r"(?:#!.*\n)?# needs (.+)", self.source)
         return found[1] if found else None
 
     def __str__(self) -> str:
@@ -89,7 +88,12 @@ def run(page: Path, folder: Path) -> None:
 
 def run_commands(block: Block, folder: Path, bin_folder: Path = Path(sys.executable).parent) -> str:
     """Run a bash block with the programs of `bin_folder`; what it prints."""
-    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "TQDM_DISABLE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in the Python blocks: sums depend on it
+    }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.source],
         cwd=folder,
@@ -126,28 +130,19 @@ def commands(block: Block) -> Iterator[list[str]]:
                 yield words
 
 
-class _Taken(Exception):
-    """A command line that its parser takes."""
-
-
 def check_arguments(argv: list[str], where: str) -> None:
-    """The command line's own parser takes these arguments; nothing is run."""
-    from e2e_sae_plugin.cli import main
+    """The command takes these arguments, and the run that they or their file set is one; nothing is run."""
+    from e2e_sae_plugin.command_line import train_command
+    from e2e_sae_plugin.command_line.commands import COMMANDS
 
-    parse = argparse.ArgumentParser.parse_args
-
-    def parsed(*args, **kwargs):
-        parse(*args, **kwargs)
-        raise _Taken
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parsed):
-        try:
-            status = main(argv)
-        except _Taken:
-            return
-        except SystemExit as error:
-            status = error.code
-    assert status == 0, f"{where}: e2e-sae {shlex.join(argv)} is refused (status {status})"
+    command, arguments = argv[0], argv[1:]
+    try:
+        args = COMMANDS[command].arguments(arguments)
+        if command in ("train", "estimate"):
+            run_arguments = arguments if command == "train" else args.settings
+            train_command.parse_train_config(run_arguments, command)
+    except (ValueError, KeyError, SystemExit) as error:
+        raise AssertionError(f"{where}: e2e-sae {shlex.join(argv)} is refused: {error}") from error
 
 
 def check_yaml(block: Block) -> None:

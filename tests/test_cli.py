@@ -14,7 +14,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from e2e_sae_plugin import __version__
 from e2e_sae_plugin.checkpoint import read_manifest
 from e2e_sae_plugin.cli import main
-from e2e_sae_plugin.command_line.train_command import load_config, parse_train_config
+from e2e_sae_plugin.command_line.train_command import parse_train_config
+from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.objective import Objective
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -57,12 +58,12 @@ def test_help_explains_every_host_field_and_every_field_of_the_objective(capsys)
 
 
 def test_config_file_is_read_and_equals_the_flags(tmp_path):
-    cfg = load_config(EXAMPLES / "run.yaml")
+    cfg = E2ESAERunnerConfig.load(EXAMPLES / "run.yaml")
     assert cfg.sae.architecture() == "topk"
     assert cfg.training_tokens == 100_000_000
     saved = tmp_path / "saved.yaml"
     saved.write_text(yaml.safe_dump(json.loads(json.dumps(cfg.to_dict()))))
-    assert load_config(saved).to_dict() == cfg.to_dict()
+    assert E2ESAERunnerConfig.load(saved).to_dict() == cfg.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path):
     path.write_text(
         "sae: {architecture: standard, d_in: 8, d_sae: 16, l1_coefficient: 2e-3}\nlr: 3e-4\ntraining_tokens: 1e6"
     )
-    cfg = load_config(path)
+    cfg = E2ESAERunnerConfig.load(path)
     assert (cfg.lr, cfg.training_tokens, cfg.sae.l1_coefficient) == (3e-4, 1_000_000, 2e-3)
 
 

@@ -69,6 +69,7 @@ def test_compare_writes_a_report_and_goes_on_from_it(
     flags = ("saes", "--output", "out", "--cards", "1", "--exact", "2", "--title", "Both kinds")
     assert compare(*flags) == 0
     shown = capsys.readouterr().out
+    assert "CE loss increase" in shown
     assert "The report is out/report.html; beside it report.md, tables/, figures/ and importance/." in shown
     text = Path("out/report.md").read_text()
     assert text.startswith("# Both kinds\n\n4 SAEs on blocks.3.hook_resid_pre of e2e-sae-demo")

@@ -11,9 +11,8 @@ import torch
 import yaml
 from helpers import runner_config, tiny_hooked_transformer, training_sae
 
-from e2e_sae_plugin import Objective
+from e2e_sae_plugin import E2ESAERunnerConfig, Objective
 from e2e_sae_plugin.cli import main
-from e2e_sae_plugin.command_line.train_command import load_config
 from e2e_sae_plugin.cost import estimate, measure
 from e2e_sae_plugin.cost.estimate import estimate_run
 from e2e_sae_plugin.cost.measure import Measurement, RunParts, StepTimes, matmul_speed, measure_steps
@@ -218,7 +217,7 @@ def test_help_and_nothing(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_config_that_is_given_stays_as_it_is(file: Path):
-    cfg = load_config(file)
+    cfg = E2ESAERunnerConfig.load(file)
     before = cfg.to_dict()
     text = report(estimate_run(cfg, n_steps=0))
     assert cfg.to_dict() == before

@@ -339,3 +339,16 @@ def test_texts() -> None:
 )
 def test_logarithmic_axis(values: tuple[float, ...], texts: tuple[str, ...]) -> None:
     assert log_axis(values).texts == texts
+
+
+def test_text_has_columns_with_numbers_on_the_right() -> None:
+    table = Table(
+        "n", "T", "", ("SAE", "KL", "alive"), (("a", Estimate(0.5, 0.4, 0.6), 7), ("long name", None, 1024)), {"KL": "{:.2f}"}
+    )
+    assert table.to_text().splitlines() == [
+        "SAE                       KL  alive",
+        "-----------------------------------",
+        "a          0.50 [0.40, 0.60]      7",
+        "long name                  —  1,024",
+    ]
+    assert table._repr_markdown_() == table.to_markdown()

@@ -6,8 +6,6 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from e2e_sae_plugin.checkpoint.resume import AUTO
 from e2e_sae_plugin.command_line.run_flags import parse_train
@@ -81,19 +79,6 @@ def config_of(args: argparse.Namespace, command: str = "train") -> E2ESAERunnerC
             "--config holds every setting but --resume, so it takes no other flags; got "
             f"{' '.join(args.settings)}. Put them into the file, or leave --config out."
         )
-    return load_config(args.config, **({} if args.resume is None else {"resume_from_checkpoint": args.resume}))
-
-
-def load_config(path: Path, **overrides: Any) -> E2ESAERunnerConfig:
-    """Read a YAML (or JSON) file with the fields of `E2ESAERunnerConfig`; what it leaves out takes the default.
-
-    Raises:
-        ValueError: there is no such file, it is no mapping, or it holds an unknown key or a refused value.
-    """
-    content = read_yaml(path)
-    if "saes" in content:
-        raise ValueError(
-            f"{str(path)!r} names several SAEs (saes), and this is for a run with one. e2e-sae train takes such a file; in "
-            "Python, MultiE2ESAERunnerConfig.load does."
-        )
-    return E2ESAERunnerConfig.from_dict({**content, **overrides})
+    return E2ESAERunnerConfig.load(
+        args.config, **({} if args.resume is None else {"resume_from_checkpoint": args.resume})
+    )

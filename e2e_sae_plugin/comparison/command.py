@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.comparison.compare import compare
 from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
-from e2e_sae_plugin.comparison.report import write_report_of
+from e2e_sae_plugin.comparison.report import sae_tables, write_report_of
 from e2e_sae_plugin.comparison.subjects import Subject, check_finite, check_same_model, load_subjects
 from e2e_sae_plugin.evaluation.evaluate import common_place, evaluate
 from e2e_sae_plugin.joint import SAESet
@@ -68,6 +68,7 @@ def compare_command(args: argparse.Namespace) -> None:
         text=_text(args, subjects), batch_size_prompts=args.batch_prompts, progress=True,
     )  # fmt: skip
     written = write_report_of(found, args.output, args.title)
+    print(sae_tables(found)[0].to_text())
     for each in found.findings:
         if each.verdict != "cannot be told":
             print(f"{each.title} (the paper's claim): {each.verdict}")

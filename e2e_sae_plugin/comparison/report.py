@@ -90,7 +90,7 @@ def _findings(found: Comparison) -> Section:
 
 
 def _overview(found: Comparison, paper: Sequence[PublishedSAE]) -> Section:
-    tables = _sae_tables(found)
+    tables = sae_tables(found)
     if ratios := _ratio_rows(found):
         tables.append(
             Table(
@@ -122,8 +122,8 @@ def _overview(found: Comparison, paper: Sequence[PublishedSAE]) -> Section:
     return Section("How much each keeps", charts=(*charts, alive_chart(found)), tables=tuple(tables))
 
 
-def _sae_tables(found: Comparison) -> list[Table]:
-    """Several, as the columns of one would not fit a laptop."""
+def sae_tables(found: Comparison) -> list[Table]:
+    """Every SAE's costs, agreement and reconstruction: several, as the columns of one would not fit a laptop."""
     ordered = [each for kind in ordered_kinds(found.subjects) for each in found.subjects if each.kind == kind]
 
     def table(name: str, title: str, caption: str, metrics: dict[str, tuple[str, str]], **more: list[Cell]) -> Table:

@@ -109,6 +109,10 @@ class Evaluation:
         """The error at each later hook."""
         return {hook: layer.mse for hook, layer in self.layers.items() if hook != self.hook_name}
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002
+        """What a notebook shows."""
+        printer.text(str(self))
+
     def __str__(self) -> str:
         lines = [
             f"{self.name}: {self.architecture}, {self.d_in} x {self.d_sae} on {self.hook_name}; {self.n_tokens:,} tokens in "

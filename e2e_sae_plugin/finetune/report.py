@@ -116,8 +116,10 @@ class FinetuneReport:
 
     def to_markdown(self) -> str:
         """The table and what is below it, for a README or a model card."""
-        lines = ["| " + " | ".join(row) + " |" for row in [("", "before", "after", "change"), *self.rows()]]
+        lines = ["| " + " | ".join(row) + " |" for row in [("measure", "before", "after", "change"), *self.rows()]]
         return "\n".join([lines[0], "| --- | --- | --- | --- |", *lines[1:], "", *self._below()]) + "\n"
+
+    _repr_markdown_ = to_markdown  # what a notebook shows
 
     def _below(self) -> list[str]:
         lines = [

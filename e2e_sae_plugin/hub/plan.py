@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 
@@ -39,6 +39,10 @@ class Push:
     def is_new_commit(self) -> bool:
         """False where everything was there already, and of a dry run."""
         return self.commit is not None and any(change != "unchanged" for change, _ in self.files.values())
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002
+        """What a notebook shows."""
+        printer.text(str(self))
 
     def __str__(self) -> str:
         width = max(len(path) for path in self.files)

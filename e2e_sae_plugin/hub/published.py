@@ -61,6 +61,10 @@ class PublishedSAE:
 class PretrainedTable(list[PublishedSAE]):
     """SAEs that `load_pretrained` has by layer, kind and matching; printed, a table."""
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002
+        """What a notebook shows."""
+        printer.text(str(self))
+
     def __str__(self) -> str:
         rows = [COLUMNS, *(row.texts() for row in self)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]

@@ -78,6 +78,10 @@ class JointEvaluation:
         counts, losses = dict.fromkeys(columns[2:4], "{:.1f}"), dict.fromkeys(columns[4:], "{:+.4f}")
         return Table("joint", "SAEs spliced together", caption, columns, rows, {**counts, **losses})
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return self.table().to_markdown()
+
     def to_log(self) -> dict[str, float]:
         """Under the names that go to the log; `<name>/` for what is one SAE's."""
         last = self.rows[-1]

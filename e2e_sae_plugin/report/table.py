@@ -75,6 +75,16 @@ class Table:
             lines.append("| " + " | ".join(texts) + " |")
         return "\n".join(lines) + "\n"
 
+    _repr_markdown_ = to_markdown  # what a notebook shows
+
+    def to_text(self) -> str:
+        """The table in columns of a terminal, without its title."""
+        cells = [self.columns, *([*map(self.text, self.columns, row)] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        align = [str.rjust if numeric else str.ljust for numeric in self._numeric()]
+        lines = ["  ".join(map(lambda put, text, width: put(text, width), align, row, widths)) for row in cells]
+        return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+
     def to_csv(self) -> str:
         """The raw values; a column with estimates becomes three: its name, and that with `_low` and `_high`."""
         file = io.StringIO(newline="")
