@@ -39,8 +39,14 @@ def small_run(folder: Path) -> Path:
     """A trained SAE of the bundled model as the authors' script leaves a run on disk: samples_N.pt and final_config.yaml."""
     if (folder / "final_config.yaml").is_file():
         return folder
-    sae_config = StandardTrainingSAEConfig(d_in=128, d_sae=512, l1_coefficient=0.05, apply_b_dec_to_input=False)
-    cfg = settings(None, 30_000, sae=sae_config, objective=Objective.e2e(), lr=4e-3)
+    sae_config = StandardTrainingSAEConfig(
+        d_in=128,
+        d_sae=512,
+        l1_coefficient=0.01,
+        apply_b_dec_to_input=False,
+        normalize_activations="expected_average_only_in",  # folded into the weights at the end
+    )
+    cfg = settings(None, 30_000, sae=sae_config, objective=Objective.e2e())
     sae = E2ESAETrainingRunner(E2ESAERunnerConfig(**cfg), override_model=centred_model()).run()
     folder.mkdir(parents=True, exist_ok=True)
     norms = torch.rand(512, 1, generator=torch.Generator().manual_seed(0)) + 0.5  # theirs are of any length
@@ -55,10 +61,10 @@ def small_run(folder: Path) -> Path:
         },
         folder / "samples_234.pt",
     )
-    loss = {"sparsity": {"p_norm": 1.0, "coeff": 6.4}, "logits_kl": {"coeff": 1.0}}
+    loss = {"sparsity": {"p_norm": 1.0, "coeff": 1.28}, "logits_kl": {"coeff": 1.0}}
     config = {
         "seed": 0, "tlens_model_name": "e2e-sae-demo", "tlens_model_path": None, "n_samples": 234,
-        "batch_size": 4, "effective_batch_size": 4, "lr": 4e-3, "lr_schedule": "cosine", "min_lr_factor": 0.1,
+        "batch_size": 4, "effective_batch_size": 4, "lr": 1e-2, "lr_schedule": "cosine", "min_lr_factor": 0.01,
         "warmup_samples": 12, "cooldown_samples": 0, "max_grad_norm": 10.0,
         "loss": {**loss, "in_to_orig": None, "out_to_orig": None, "out_to_in": None},
         "train_data": {"dataset_name": "e2e-sae-demo", "is_tokenized": True, "n_ctx": 128, "column_name": "tokens"},
@@ -96,7 +102,8 @@ def main() -> None:
             _, cache = model.run_with_cache(tokens, names_filter=HOOK_NAME)
             x = cache[HOOK_NAME].flatten(0, 1)
             expected = authors_output(OUTPUT / "authors-run" / "samples_234.pt", x)
-            difference = float((sae(x) - expected).norm() / expected.norm())
+            with torch.no_grad():
+                difference = float((sae(x) - expected).norm() / expected.norm())
             print(f"  relative difference from the authors' forward pass: {difference:.1e}")
             print(f"  CE loss increase {evaluate(sae, model, tokens).metrics['ce_loss_increase']}")
 

@@ -147,7 +147,7 @@ def test_convert_checkpoint(tmp_path: Path):
     printed = run("convert_checkpoint.py", tmp_path)
     assert number(r"forward pass: ([\d.e-]+)", printed) < 1e-5
     assert "kl=1.0" in printed
-    assert "l1_coefficient: 0.05" in printed
+    assert "l1_coefficient: 0.01" in printed
 
 
 @documentation
