@@ -110,8 +110,9 @@ def test_sweep_and_compare(tmp_path: Path):
 
 
 @documentation
-def test_share_and_evaluate(tmp_path: Path):
+def test_share_and_evaluate(tmp_path_factory: pytest.TempPathFactory):
     """One after the other on the SAE that the first one trains; the push goes to a Hub on this machine."""
+    tmp_path = tmp_path_factory.mktemp("shared")  # `datasets` takes text in a folder called test_... for a test split
     printed = run("share.py", tmp_path)
     for file in ("e2e-ds/sae_weights.safetensors", "e2e-ds/evaluation.json", "e2e-ds/checksums.sha256", "README.md"):
         assert re.search(rf"  {file} +[\d,]+ B  planned", printed), file
