@@ -4,7 +4,7 @@
 
 1. A short run with the KL alone: the KL and the downstream errors that it logs tell at which beta the terms weigh the same.
 2. The same at that beta, 3 and 10 times it: up while the downstream errors fall by more than the CE loss increase rises.
-3. For a ReLU SAE the L1 coefficient: two runs far apart, then the one between them where L0 meets the target.
+3. For a ReLU SAE the L1 coefficient: up by factors of 5 until L0 is below the target, then back to where it meets it.
 
 TopK SAEs (steps 1 and 2) have their L0 fixed, so beta is searched first. No network, no GPU; about a minute on two cores.
 Writes output/choose_objective.
@@ -71,17 +71,25 @@ def main() -> None:
 
     print(f"\n3. The L1 coefficient of a ReLU SAE for L0 = {args.target_l0:g}, with that beta:")
     points: list[tuple[float, float]] = []  # logarithms of coefficient and L0
-    for coefficient in (0.01, 0.3, None):
-        if coefficient is None:  # between the two, by a straight line in logarithms
-            (x1, y1), (x2, y2) = points
-            coefficient = math.exp(x1 + (math.log(args.target_l0) - y1) * (x2 - x1) / (y2 - y1))
+
+    def l0_at(coefficient: float) -> float:
         sae = StandardTrainingSAEConfig(
             d_in=128, d_sae=1024, l1_coefficient=coefficient, normalize_activations="expected_average_only_in"
         )
-        found = held_out(f"l1 {coefficient:.3g}", Objective.e2e_downstream(beta=beta), sae, args.tokens)
-        points.append((math.log(coefficient), math.log(max(found["metrics/held_out_l0"], 1e-3))))
+        name = f"l1 {coefficient:.3g}"
+        l0 = held_out(name, Objective.e2e_downstream(beta=beta), sae, args.tokens)["metrics/held_out_l0"]
+        points.append((math.log(coefficient), math.log(max(l0, 0.1))))
+        return l0
+
+    coefficient = 0.2
+    while l0_at(coefficient) > args.target_l0:
+        coefficient *= 5
+    if len(points) > 1:  # between the last two, by a straight line in logarithms
+        (x1, y1), (x2, y2) = points[-2:]
+        coefficient = math.exp(x1 + (math.log(args.target_l0) - y1) * (x2 - x1) / (y2 - y1))
+        l0_at(coefficient)
     print(f"\nobjective: {{kl: 1, beta: {beta:g}}}")
-    print(f"sae: {{architecture: standard, l1_coefficient: {math.exp(points[-1][0]):.3g}}}")
+    print(f"sae: {{architecture: standard, l1_coefficient: {coefficient:.3g}}}")
 
 
 if __name__ == "__main__":
