@@ -25,6 +25,8 @@ from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
 
+FILE_KINDS = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "webdataset", "xml")
+"""Builders of `datasets`, which it looks for before folders."""
 MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
 
 
@@ -146,6 +148,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             raise ValueError(f"objective must be an Objective, got {self.objective!r}.")
         if os.path.isfile(self.dataset_path):
             raise ValueError(f"dataset_path={self.dataset_path!r} is a file. Give the folder that it lies in.")
+        if self.dataset_path in FILE_KINDS and os.path.isdir(self.dataset_path):
+            raise ValueError(
+                f"dataset_path={self.dataset_path!r} is a folder here, but datasets takes that name for a kind of file. "
+                f"Write {'./' + self.dataset_path!r}."
+            )
         if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(
                 f"max_grad_norm must be a positive finite number, or None for no clipping, got {self.max_grad_norm!r}."

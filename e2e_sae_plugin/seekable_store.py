@@ -88,7 +88,9 @@ class SeekableActivationsStore(ActivationsStore):
             self._n_rows += 1
             if self._n_rows == start.n_rows + 1:
                 self._check_type(row[self.tokens_column])
-            yield row[self.tokens_column]
+            value = row[self.tokens_column]
+            # The host makes a tensor of it, and torch warns where it is one.
+            yield value.numpy() if isinstance(value, Tensor) else value
             self.n_dataset_processed += 1
 
     def _check_type(self, value: Any) -> None:

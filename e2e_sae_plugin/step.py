@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -97,6 +98,7 @@ class SplicedStepTrainer(GradientTrainer):
         self._draws = position_draws(cfg.seed, 0)  # of the current step, with kl_positions; its micro-batches share it
         self.n_skipped_steps = 0
         self.n_skipped_in_a_row = 0
+        self._has_updated = False  # this process, since it started or resumed
         self._good_state: State | None = None  # before the first of the steps that are being skipped
         self.last_good_state: State | None = None  # that, once they are too many
         self.is_updating = False
@@ -233,6 +235,7 @@ class SplicedStepTrainer(GradientTrainer):
 
     def _update(self) -> None:
         self.optimizer.step()
+        self._has_updated = True
         if self.adapter is not None:
             self.adapter.write(None if self.decoder_norms is None else self.decoder_norms.norms)
         if self.decoder_norms is not None:
@@ -242,9 +245,11 @@ class SplicedStepTrainer(GradientTrainer):
 
     def _advance_schedules(self) -> None:
         """In the host's order. A skipped step counts: the number of steps is fixed in advance."""
-        with warnings.catch_warnings():
-            # Where the very first step is skipped, torch takes the order of the calls for a mistake.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
+        # Where the very first step is skipped, torch takes the order of the calls for a mistake. Only then: after
+        # catch_warnings Python has forgotten which it has shown, so at every step all of a user's would come anew.
+        with contextlib.nullcontext() if self._has_updated else warnings.catch_warnings():
+            if not self._has_updated:
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
             self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()

@@ -14,9 +14,6 @@ from e2e_sae_plugin import E2ESAERunnerConfig, E2ESAETrainingRunner, Objective
 HOOK_NAME = "blocks.3.hook_resid_pre"
 STEP_TOKENS = 512
 
-# SAELens, at every batch of a dataset of tensors, and of data that are given as an object, as the bundled ones are.
-warnings.filterwarnings("ignore", message="To copy construct from a tensor")
-warnings.filterwarnings("ignore", message="The training dataset contains fewer samples")
 warnings.filterwarnings("ignore", message="\nThis SAE has non-empty model_from_pretrained_kwargs")  # of every SAE
 logging.getLogger("sae_lens").setLevel(logging.ERROR)
 

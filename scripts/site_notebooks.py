@@ -67,7 +67,7 @@ class Page:
         return fenced(joined(data["text/plain"]), "text") if "text/plain" in data else ""
 
 
-def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, **_: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, **more: Any) -> str:  # noqa: ARG001
     """Called by mkdocs with a page's Markdown: below a notebook's heading, where it can be run."""
     notebook = Path(page.file.src_uri).with_suffix(".ipynb")
     if not (Path(config.docs_dir) / notebook).is_file():

@@ -98,7 +98,7 @@ def test_models_of_other_families(family: str, tmp_path: Any):
             evaluate(sae, proxy(tiny_gpt2_model()), TOKENS, n_resamples=2, hook_name="transformer.h.0")
         return
     bridge = tiny_bridge()
-    with pytest.raises(ValueError, match=r"enable_compatibility_mode\(\) of a TransformerBridge"):
+    with pytest.raises(ValueError, match=r"TransformerBridge by enable_compatibility_mode\(\)"):
         evaluate(sae, bridge, TOKENS, n_resamples=2)
     bridge.enable_compatibility_mode()
     evaluate(sae, bridge, TOKENS, n_resamples=2)

@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in
 README = (EXAMPLES / "README.md").read_text()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
-documentation = pytest.mark.slow
+documentation = pytest.mark.documentation
 
 
 def rows() -> dict[str, list[str]]:

@@ -24,7 +24,6 @@ RUNNING = [
     for page in PAGES
     if any(block.language in ("python", "bash") and block.needs is None for block in blocks(page))
 ]
-IDS = {"ids": lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else str(value)}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +52,7 @@ def an_sae_of_yours(tmp_path_factory) -> Path:
 
 @pytest.mark.documentation
 @pytest.mark.filterwarnings("default")  # as for a reader
-@pytest.mark.parametrize("page", RUNNING, **IDS)
+@pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs_from_top_to_bottom(page, an_sae_of_yours, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run_output").symlink_to(an_sae_of_yours)

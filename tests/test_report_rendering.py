@@ -343,7 +343,12 @@ def test_logarithmic_axis(values: tuple[float, ...], texts: tuple[str, ...]) -> 
 
 def test_text_has_columns_with_numbers_on_the_right() -> None:
     table = Table(
-        "n", "T", "", ("SAE", "KL", "alive"), (("a", Estimate(0.5, 0.4, 0.6), 7), ("long name", None, 1024)), {"KL": "{:.2f}"}
+        "n",
+        "T",
+        "",
+        ("SAE", "KL", "alive"),
+        (("a", Estimate(0.5, 0.4, 0.6), 7), ("long name", None, 1024)),
+        {"KL": "{:.2f}"},
     )
     assert table.to_text().splitlines() == [
         "SAE                       KL  alive",

@@ -53,7 +53,7 @@ def site(tmp_path_factory) -> Iterator[str]:
 
 
 class _Silent(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Nothing: the tests say what went wrong."""
 
 

@@ -108,7 +108,7 @@ def evaluation_tokens(
     with quiet_override_warning(True):
         store = ActivationsStore(
             model=model,
-            dataset=dataset,
+            dataset=str(Path(dataset).absolute()) if Path(dataset).is_dir() else dataset,  # or "text" is a kind of file
             streaming=streaming,
             hook_name=metadata.hook_name or "",
             hook_head_index=metadata.hook_head_index,

@@ -138,9 +138,10 @@ def check_centred(sae: SAE[Any], spliced: SplicedModel, activations: Tensor, nam
         model_name = sae.cfg.metadata.model_name or "..."
         raise ValueError(
             f"{name} needs a model whose weights are centred (center_writing_weights=True in its metadata), but the mean "
-            f"over features of its activations at {spliced.position.hook_name!r} is {share:.2g} of their size. Load "
-            f"it with HookedTransformer.from_pretrained_no_processing({model_name!r}, center_writing_weights=True), or call "
-            "enable_compatibility_mode() of a TransformerBridge."
+            f"over features of its activations at {spliced.position.hook_name!r} is {share:.2g} of their size. Load it with "
+            f"HookedTransformer.from_pretrained_no_processing({model_name!r}, center_writing_weights=True). A model that is "
+            "loaded already is centred by its process_weights_(fold_ln=False, center_writing_weights=True, "
+            "center_unembed=False), a TransformerBridge by enable_compatibility_mode()."
         )
 
 
