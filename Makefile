@@ -69,7 +69,7 @@ docs: $(DEV)  ## build the documentation into site/
 notebooks: $(DEV)  ## run the notebooks as committed (five minutes); WRITE=1 renews their outputs
 	$(BIN)/python scripts/run_notebooks.py $(if $(WRITE),--write)
 
-wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and run it there
+wheel: $(DEV)  ## build the wheel, install it in a clean environment, run the getting-started page there
 	rm -rf dist build/clean
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist > /dev/null
 	@wheel=$$(echo dist/*.whl); size=$$(wc -c < "$$wheel"); echo "$$wheel: $$size bytes"; \
@@ -78,7 +78,8 @@ wheel: $(DEV)  ## build the wheel, install it in a clean environment, import and
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
 	build/clean/bin/python -m pip check --disable-pip-version-check
 	cd build && clean/bin/python -I -c "import e2e_sae_plugin as p; print('imported', p.__version__, 'from', p.__file__)"
-	build/clean/bin/e2e-sae --help > /dev/null
+	for command in $$(build/clean/bin/e2e-sae --help | sed -nE 's/^  ([a-z]+) .*/\1/p'); do build/clean/bin/e2e-sae $$command --help > /dev/null; done
+	$(BIN)/python tests/pages.py docs/getting_started.md build/clean/bin > build/getting_started.log || { cat build/getting_started.log; exit 1; }
 	rm -rf build/clean
 
 # What is followed of the host comes first, as it names what changed; the suite runs even so. `make newest SUITE=` leaves it out.

@@ -128,6 +128,8 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.identity = run_identity(override_model, override_sae)
         self.is_finished = cfg.resume_from_checkpoint == AUTO and output_is_finished(cfg, self.identity)
         self.has_run = False
+        self.last_evaluation: dict[str, float] = {}
+        """What the end of the run measured on the held-out sequences, by the names of `metrics.jsonl`; empty before."""
         self.resumed_from = None if self.is_finished else find_checkpoint(cfg, self.identity)
         self.run_folder = run_folder_of(cfg, self.resumed_from)
         # The whole of a sharded dictionary is only ever on the CPU.
@@ -224,6 +226,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             self._wait_for_leader()
             if self.cfg.logger.log_to_wandb and self.leads:
                 wandb.finish()
+            self.last_evaluation = trainer.last_evaluation
             if self.cfg.verbose and self.leads:
                 tqdm.write(self._summary(trainer))
         if stop_request.signal_number is not None:  # it came when the last step was done

@@ -1,5 +1,7 @@
 """The code blocks of README and documentation: read from the pages, run one after the other as a reader would.
 
+    python tests/pages.py docs/getting_started.md build/clean/bin     # a page in another environment
+
 What a block is decided by its fence and its first line:
 
 * `python` runs in the page's own namespace, `bash` in the page's own folder, where `yaml title="name.yaml"` is saved;
@@ -15,8 +17,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -84,6 +87,21 @@ def run(page: Path, folder: Path) -> None:
         except BaseException as error:
             error.add_note(f"in the block at {block}")
             raise
+
+
+def run_elsewhere(page: Path, folder: Path, bin_folder: Path) -> None:
+    """The same with the programs of another environment; what is printed is printed."""
+    python: list[str] = []
+    for block in blocks(page):
+        if block.language == "yaml" and block.title:
+            (folder / block.title).write_text(block.source)
+        if block.needs is not None or block.language not in ("python", "bash"):
+            continue
+        if block.language == "python":
+            python.append(block.source)
+            command = shlex.join([str(bin_folder / "python"), "-I", "-c", "\n".join(python)])
+            block = replace(block, source=command)
+        sys.stdout.write(f"{block}\n{run_commands(block, folder, bin_folder)}")
 
 
 def run_commands(block: Block, folder: Path, bin_folder: Path = Path(sys.executable).parent) -> str:
@@ -155,3 +173,8 @@ def sides(block: Block) -> tuple[str, str]:
     lines = block.source.splitlines()
     old, new = ("\n".join(line[2:] for line in lines if line[:1] != other) for other in ("+", "-"))
     return old, new
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        run_elsewhere(Path(sys.argv[1]).resolve(), Path(place), Path(sys.argv[2]).resolve())

@@ -62,13 +62,17 @@ def naive_contexts(acts: Tensor, tokens: Tensor, n: int, before: int, after: int
                     tuple(f"t{int(tokens[i, j])}" for j in positions),
                     tuple(float(acts[i, j]) for j in positions),
                     positions.index(peak),
+                    prompt=i,
+                    position=peak,
                 )
             )
     return tuple(result)
 
 
 def assert_equal_contexts(found: tuple[ActivatingContext, ...], expected: tuple[ActivatingContext, ...]) -> None:
-    assert [(context.tokens, context.peak) for context in found] == [(c.tokens, c.peak) for c in expected]
+    assert [(c.tokens, c.peak, c.prompt, c.position) for c in found] == [
+        (c.tokens, c.peak, c.prompt, c.position) for c in expected
+    ]
     for context, other in zip(found, expected, strict=True):
         assert context.activations == pytest.approx(other.activations, rel=1e-4, abs=1e-6)
 
@@ -220,3 +224,12 @@ def test_what_makes_no_cards_is_refused(features: list[int], settings: dict[str,
     settings = {"importance": some_importance(), **settings}
     with pytest.raises(ValueError, match=message):
         feature_cards(sae, model, token_batch(), features, tokenizer=tiny_tokenizer(), **settings)
+
+
+def test_a_model_is_spliced_where_the_metadata_say_and_special_tokens_stay_out():
+    sae, model, tokens = training_sae(runner_config()), tiny_hooked_transformer(), token_batch(20)
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.exclude_special_tokens = HOOK, EXCLUDED.tolist()
+    by_model = cards_of(sae, model, tokens, [0, 3])
+    by_hand = cards_of(sae, checked_splice(model), tokens, [0, 3], excluded=EXCLUDED)
+    assert by_model == by_hand
+    assert by_model != cards_of(sae, checked_splice(model), tokens, [0, 3])

@@ -1,4 +1,4 @@
-"""The built site, in a real browser: every page in light and dark, at desktop and phone width.
+"""The built site, in a real browser: in light and dark, at desktop and phone width.
 
 Nothing is asked of another host, the console is silent, no page is wider than its window, axe-core finds nothing to mend
 (contrast, names, landmarks, keyboard), search finds what there is, and the keyboard reaches it.
@@ -28,7 +28,10 @@ PAGES = sorted(
     if ".ipynb_checkpoints" not in page.parts
 )
 WINDOWS = {"desktop": (1366, 768), "phone": (390, 844)}
-SCHEMES = ("light", "dark")
+# Every page in both windows and both schemes; pages of each kind in all four.
+LOOKS = [(page, *look) for page in PAGES for look in (("desktop", "light"), ("phone", "dark"))]
+EACH_KIND = ("", "concepts/method", "guides/training", "notebooks/train_and_look", "reference/objective")
+LOOKS += [(page, *look) for page in EACH_KIND for look in (("desktop", "dark"), ("phone", "light"))]
 # Off is one recommendation, no criterion of WCAG: the theme makes a landmark of every code block's button, all of one name.
 AXE = {"resultTypes": ["violations"], "rules": {"landmark-unique": {"enabled": False}}}
 
@@ -63,9 +66,7 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(("page", "window", "scheme"), LOOKS)
 def test_a_page_is_clean_and_accessible(browser, site, page, window, scheme):
     with opened(browser, f"{site}{page}", *WINDOWS[window], scheme=scheme) as visit:
         assert visit.page.locator("h1").count() == 1

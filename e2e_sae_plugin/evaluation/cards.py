@@ -15,7 +15,7 @@ from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.evaluation.feature_card import ActivatingContext, FeatureCard
 from e2e_sae_plugin.evaluation.importance import FeatureImportance
 from e2e_sae_plugin.evaluation.metrics import encode_with
-from e2e_sae_plugin.evaluation.place import check_width
+from e2e_sae_plugin.evaluation.place import spliced_at_its_place
 from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import clean_micro_batch
@@ -27,7 +27,7 @@ Logits = tuple[tuple[str, float], ...]
 @shape_checked
 def feature_cards(
     sae: SAE[Any],
-    model: SplicedModel,
+    model: Any,
     tokens: Int[Tensor, "prompts pos"],
     features: Sequence[int],
     importance: FeatureImportance,
@@ -51,7 +51,8 @@ def feature_cards(
 
     Args:
         sae: in inference or training form.
-        model: the model with the SAE's place in it, checked (`SplicedModel.check`).
+        model: the language model, in which the SAE's metadata name its place, positions and head (the arguments below
+            are for other ones); or a `SplicedModel`, with the SAE's place in it, checked.
         features: indices of features.
         importance: of the same SAE, on these or other tokens; densities come from it too.
         tokenizer: anything with the `decode` of a Hugging Face tokenizer.
@@ -79,7 +80,7 @@ def feature_cards(
         raise ValueError(f"window must be (tokens before, tokens after), 0 or more each, got {window}.")
     if not features:
         return []
-    check_width(model, sae, "The SAE", head_index)
+    model, seqpos_slice, excluded, head_index = spliced_at_its_place(sae, model, seqpos_slice, excluded, head_index)
     tops = _TopContexts(len(features), n_contexts, window)
     for first in range(0, len(tokens), batch_size_prompts):
         micro = clean_micro_batch(
@@ -161,6 +162,8 @@ class _TopContexts:
                     tokens=tuple(token_text(tokenizer, token) for token in ids),
                     activations=tuple(self.activations[i, k, offset : offset + len(ids)].tolist()),
                     peak=peak - start,
+                    prompt=sequence,
+                    position=peak,
                 )
             )
         return tuple(result)

@@ -15,6 +15,10 @@ class ActivatingContext:
     """The feature's activation at each of them; 0 where the SAE is not applied."""
     peak: int
     """Index of the token with the activation that the context was chosen for."""
+    prompt: int | None = None
+    """Which of the sequences `[n_prompts, pos]` it is from."""
+    position: int | None = None
+    """Where in that sequence the peak is."""
 
 
 @dataclass(frozen=True)

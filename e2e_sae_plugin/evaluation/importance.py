@@ -20,7 +20,7 @@ from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.evaluation.metrics import encode_with
-from e2e_sae_plugin.evaluation.place import check_width, place_of, splice_at
+from e2e_sae_plugin.evaluation.place import spliced_at_its_place
 from e2e_sae_plugin.kernels.kl import chunk_tokens, fused_kl_sum
 from e2e_sae_plugin.splice import CleanPass, SplicedModel
 from e2e_sae_plugin.splice.activations import select_tokens
@@ -114,14 +114,7 @@ def feature_importance(
         ValueError: a feature that the SAE does not have, `n_samples` below 1, no token to measure, or an SAE that does not
             fit the place.
     """
-    if isinstance(model, SplicedModel):
-        check_width(model, sae, "The SAE", head_index)
-    else:
-        place = place_of(sae, model)
-        model = splice_at(model, place, [sae], ["The SAE"])
-        seqpos_slice = place.seqpos_slice if tuple(seqpos_slice) == (None,) else seqpos_slice
-        excluded = place.excluded_tensor() if excluded is None else excluded
-        head_index = place.head_index if head_index is None else head_index
+    model, seqpos_slice, excluded, head_index = spliced_at_its_place(sae, model, seqpos_slice, excluded, head_index)
     d_sae = len(sae.W_dec)
     wanted = [] if isinstance(exact, int) else list(dict.fromkeys(exact))
     if isinstance(exact, int) and exact < 0:

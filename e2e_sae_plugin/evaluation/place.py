@@ -168,3 +168,24 @@ def _plain_name(name: str) -> str:
     with contextlib.suppress(ValueError):  # not one of TransformerLens's
         name = get_official_model_name(name)
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def spliced_at_its_place(
+    sae: SAE[Any],
+    model: Any,
+    seqpos_slice: Sequence[int | None],
+    excluded: Tensor | None,
+    head_index: int | None,
+) -> tuple[SplicedModel, Sequence[int | None], Tensor | None, int | None]:
+    """A `SplicedModel` as it is, its width checked; any other model with the SAE's place in it, and what the metadata say of
+    positions, tokens and head where the arguments say nothing."""
+    if isinstance(model, SplicedModel):
+        check_width(model, sae, "The SAE", head_index)
+        return model, seqpos_slice, excluded, head_index
+    place = place_of(sae, model)
+    return (
+        splice_at(model, place, [sae], ["The SAE"]),
+        place.seqpos_slice if tuple(seqpos_slice) == (None,) else seqpos_slice,
+        place.excluded_tensor() if excluded is None else excluded,
+        place.head_index if head_index is None else head_index,
+    )
