@@ -13,7 +13,6 @@ Writes output/choose_objective.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -31,10 +30,10 @@ def held_out(
     name: str, objective: Objective, sae: TrainingSAEConfig, tokens: int, local_first: float = 0
 ) -> dict[str, float]:
     """Train and return the last held-out evaluation, with the sum of the downstream errors; prints a line."""
-    output = OUTPUT / name
-    cfg = settings(output, tokens, objective=objective, sae=sae, local_first=local_first)
-    E2ESAETrainingRunner(E2ESAERunnerConfig(**cfg)).run()
-    found = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    cfg = settings(OUTPUT / name, tokens, objective=objective, sae=sae, local_first=local_first)
+    runner = E2ESAETrainingRunner(E2ESAERunnerConfig(**cfg))
+    runner.run()
+    found = dict(runner.last_evaluation)
     found["downstream"] = sum(value for key, value in found.items() if key.startswith(DOWNSTREAM))
     print(
         f"  {name:<16} CE loss increase {found['metrics/ce_loss_increase']:+.4f}   KL {found['metrics/held_out_kl']:.4f}   "

@@ -19,6 +19,11 @@ from e2e_sae_plugin.convert.config import run_config
 from e2e_sae_plugin.convert.objective import authors_objective, loss_terms
 
 ALL = [block for page in PAGES for block in blocks(page)]
+# What the pages say of the runs that they make.
+OBJECTIVES = {
+    "getting_started.md": {"first": "e2e+ds", "local": "local"},
+    "from_saelens.md": {"output/end_to_end": "e2e+ds"},
+}
 RUNNING = [
     page
     for page in PAGES
@@ -58,6 +63,9 @@ def test_a_page_runs_from_top_to_bottom(page, an_sae_of_yours, tmp_path, monkeyp
     (tmp_path / "run_output").symlink_to(an_sae_of_yours)
     shutil.copy(ROOT / "examples/run.yaml", tmp_path)  # where a page means a config of the reader's
     run(page, tmp_path)
+    for folder, kind in OBJECTIVES.get(page.name, {}).items():
+        objective = E2ESAERunnerConfig.load(tmp_path / folder / "e2e_runner_cfg.json").objective
+        assert objective.kind == kind, f"{folder} was trained with {objective}"
 
 
 def test_blocks_say_what_they_are():

@@ -105,7 +105,7 @@ def _search(visit: Visit, query: str) -> None:
 def test_the_keyboard_reaches_content_and_can_be_seen_there(browser, site):
     with opened(browser, f"{site}guides/training/") as visit:
         visit.page.keyboard.press("Tab")
-        assert visit.page.evaluate("document.activeElement.className") == "md-skip"  # past the navigation
+        assert "md-skip" in visit.page.evaluate("document.activeElement.className")  # past the navigation
         visit.page.keyboard.press("Enter")
         assert visit.page.url.endswith("#train-an-sae")
         reached = set()
