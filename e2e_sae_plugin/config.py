@@ -7,19 +7,20 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
 
 from e2e_sae_plugin.adapters import AdapterKind
 from e2e_sae_plugin.architectures import check_dtype, check_normalisation
 from e2e_sae_plugin.config_checks import check_schedule, check_shards, check_sharing, check_start, check_values
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
+from e2e_sae_plugin.config_reading import names_of, read_numbers, read_yaml, require_known_keys
 from e2e_sae_plugin.model_settings import check_model_settings
 from e2e_sae_plugin.objective import Objective
 
@@ -120,6 +121,21 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
                 setattr(self, name, os.fspath(getattr(self, name)))
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must name a folder, or be None; got an empty string.")
+            if str(getattr(self, name)).lower() in ("none", "null"):  # as a flag can only say it
+                setattr(self, name, None)
+        for name, wanted in (("sae", TrainingSAEConfig), ("logger", LoggingConfig)):
+            if not isinstance(getattr(self, name), wanted):
+                raise ValueError(
+                    f"{name} must be a {wanted.__name__} of SAELens, got {getattr(self, name)!r}. "
+                    "E2ESAERunnerConfig.from_dict takes mappings, as in a file."
+                )
+        if not isinstance(self.seqpos_slice, Sequence) or not all(
+            each is None or isinstance(each, int) for each in self.seqpos_slice
+        ):
+            raise ValueError(
+                "seqpos_slice must be (start, stop) or (start, stop, step) of whole numbers or None, got "
+                f"{self.seqpos_slice!r}."
+            )
         check_values(self)
         self._check_fields()
         check_model_settings(
@@ -179,6 +195,9 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         if batch % per_sequence:
             below = max(batch // per_sequence, 1) * per_sequence
             nearest = f"{below} or {below + per_sequence}" if batch > per_sequence else f"{per_sequence}"
+            at_once = per_sequence * self.store_batch_size_prompts
+            if batch > at_once and (whole := round(batch / at_once) * at_once) not in (below, below + per_sequence):
+                nearest += f"; {whole} in micro-batches of store_batch_size_prompts={self.store_batch_size_prompts}"
             raise ValueError(
                 f"train_batch_size_tokens={batch} is not a whole number of sequences: context_size={self.context_size} "
                 f"and seqpos_slice={tuple(self.seqpos_slice)} leave {per_sequence} tokens of each sequence to train on. "
@@ -219,6 +238,21 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         host = {f.name for f in fields(LanguageModelSAERunnerConfig)}
         return {key: value for key, value in self.to_dict().items() if key in host}
 
+    def to_sae_trainer_config(self) -> SAETrainerConfig:
+        """Asked for by SAELens's runner, which knows no objective and would train locally without a word.
+
+        Raises:
+            ValueError: always; this package's trainer asks for `host_trainer_config`.
+        """
+        raise ValueError(
+            f"This is an {type(self).__name__} in a runner of SAELens, which would leave the objective out. Use "
+            "E2ESAETrainingRunner(cfg).run(); for SAELens's own runner, LanguageModelSAERunnerConfig."
+        )
+
+    def host_trainer_config(self) -> SAETrainerConfig:
+        """What SAELens's trainer, on which this package's builds, takes of the config."""
+        return super().to_sae_trainer_config()
+
     @classmethod
     def load(cls, path: Path | str, **overrides: Any) -> "E2ESAERunnerConfig":
         """Read a YAML (or JSON) file such as `run.yaml`, or a run's `e2e_runner_cfg.json`.
@@ -246,14 +280,25 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             ValueError: an unknown key anywhere (near matches are suggested), or a value that the class refuses.
         """
         cfg_dict = dict(cfg_dict)
-        require_known_keys(cfg_dict, {f.name for f in fields(cls)}, "config")
-        sae = dict(cfg_dict.get("sae") or {})
+        if not cfg_dict.get("sae"):
+            raise ValueError(
+                "The config has no sae. Expected for instance sae: {architecture: topk, d_in: 768, d_sae: 12288, k: 32}."
+            )
+        sae = dict(cfg_dict["sae"])
         architecture = sae.get("architecture")
         if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+            close = difflib.get_close_matches(str(architecture), SAE_TRAINING_CLASS_REGISTRY, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"sae.architecture must be one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}, got {architecture!r}."
+                f"sae.architecture must be one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}, got {architecture!r}.{hint}"
             )
         sae_class = get_sae_training_class(architecture)[1]
+        parts = {"sae": sae_class, "logger": LoggingConfig, "objective": Objective}
+        for key in cfg_dict:
+            for part, part_class in parts.items():
+                if key not in names_of(cls) and key in names_of(part_class):
+                    raise ValueError(f"Unknown key {key!r} in config. It belongs below {part!r}.")
+        require_known_keys(cfg_dict, names_of(cls), "config")
         require_known_keys(sae, {f.name for f in fields(sae_class)} | {"architecture"}, "sae")
         cfg_dict = {**cfg_dict, **read_numbers(cfg_dict, cls, "config")}
         cfg_dict["sae"] = sae_class.from_dict(read_numbers(sae, sae_class, "sae"))
@@ -276,55 +321,3 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             # A saved config already carries the run's id, which __post_init__ appends to the path again.
             config.checkpoint_path = cfg_dict["checkpoint_path"]
         return config
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) file that --config names.
-
-    Raises:
-        ValueError: there is no such file, it is not valid, or it holds no mapping.
-    """
-    if not path.is_file():
-        raise ValueError(f"--config: there is no file {str(path)!r}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config: {str(path)!r} must hold a mapping of settings, got {type(content).__name__}.")
-    return content
-
-
-def require_known_keys(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Refuse a key that is not known, with the nearest one that is.
-
-    Raises:
-        ValueError: names the key.
-    """
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Expected some of {sorted(known)}."
-            raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
-
-
-def read_numbers(given: Mapping[str, Any], config_class: type, where: str) -> dict[str, Any]:
-    """Numbers as numbers: YAML reads `3e-4` (without a dot) as a string, and `1.0e6` tokens as a float."""
-    types = {f.name: f.type for f in fields(config_class)}
-    converted = dict(given)
-    for key, value in given.items():
-        wanted = types.get(key)
-        if wanted in (float, float | None) and isinstance(value, str):
-            try:
-                converted[key] = float(value)
-            except ValueError:
-                raise ValueError(f"{key} in {where} must be a number, got {value!r}.") from None
-        elif wanted in (int, int | None) and isinstance(value, str | float):
-            try:
-                number = float(value)
-            except ValueError:
-                number = math.nan
-            if not number.is_integer():
-                raise ValueError(f"{key} in {where} must be a whole number, got {value!r}.")
-            converted[key] = int(number)
-    return converted

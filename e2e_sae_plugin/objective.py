@@ -195,7 +195,8 @@ class Objective:
             if settings not in named:
                 raise ValueError(
                     f"objective {settings!r} is not known. Expected 'local', 'e2e', 'finetune', or the fields "
-                    f"{[f.name for f in fields(cls)]} as a mapping."
+                    f"{[f.name for f in fields(cls)]} as a mapping; e2e+ds, for instance, is {{kl: 1, beta: 0.004}}, with a "
+                    "beta for your model."
                 )
             return named[settings]()
         known = {f.name for f in fields(cls)}

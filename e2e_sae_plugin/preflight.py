@@ -95,7 +95,7 @@ def _check_not_another_run(cfg: E2ESAERunnerConfig, output: Path, resumed_from: 
     if theirs is not None:
         raise ValueError(
             f"output_path={str(output)!r} holds {theirs}\nChoose another output_path, move that folder away, or set "
-            "overwrite_output=True."
+            "overwrite_output=True (in a file: overwrite_output: true)."
         )
     if resumed_from is None and (output / METRICS_FILENAME).exists():
         logger.warning("%s holds an earlier start of this very run, which did not finish; it begins anew.", output)
@@ -231,6 +231,7 @@ def check_wandb_login() -> None:
         return
     if not wandb.login(prompt=False, verify=False):
         raise ValueError(
-            "logger.log_to_wandb is True but there is no Weights & Biases login. Run `wandb login`, set WANDB_API_KEY, "
-            "set WANDB_MODE=offline, or use logger=LoggingConfig(log_to_wandb=False)."
+            "logger.log_to_wandb is True but there is no Weights & Biases login. Run `wandb login`, set WANDB_API_KEY, set "
+            "WANDB_MODE=offline, or switch it off: logger=LoggingConfig(log_to_wandb=False), in a file "
+            "logger: {log_to_wandb: false}, as a flag --log_to_wandb false."
         )

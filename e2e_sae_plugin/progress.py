@@ -26,7 +26,7 @@ class Progress:
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=done,
-            desc="Training SAE end to end",
+            desc="Training SAE",
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,

@@ -90,6 +90,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
         override_evaluation_tokens: Tensor | None = None,
     ):
+        if not isinstance(cfg, E2ESAERunnerConfig):
+            raise ValueError(
+                f"This runner takes an E2ESAERunnerConfig, got a {type(cfg).__name__}. The former has the same fields, and "
+                "objective."
+            )
         self.ranks = join()
         if self.ranks is None:
             check_one_process(cfg)

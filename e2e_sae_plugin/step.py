@@ -68,7 +68,7 @@ class SplicedStepTrainer(GradientTrainer):
         ranks: Ranks | None = None,
     ):
         super().__init__(
-            cfg=cfg.to_sae_trainer_config(),
+            cfg=cfg.host_trainer_config(),
             sae=sae,
             data_provider=data_provider,
             save_checkpoint_fn=save_checkpoint_fn,

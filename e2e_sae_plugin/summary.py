@@ -33,7 +33,13 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
             f"L0 {held_out['metrics/held_out_l0']:.1f}   "
             f"explained variance {held_out['metrics/held_out_explained_variance']:.3f}"
         )
-    lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {cfg.sae.d_sae:,} dead")
+        if held_out["metrics/held_out_explained_variance"] < 0:
+            lines.append(
+                "             worse than the mean activation: trained for too little, or with a rate or sparsity that "
+                "does not suit it"
+            )
+    if trainer.n_training_steps > cfg.dead_feature_window:  # before, none can be told dead
+        lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {cfg.sae.d_sae:,} dead")
     if trainer.n_training_samples < trainer.cfg.total_training_samples - cfg.train_batch_size_tokens + 1:
         lines.append(
             f"  stopped    early, of {cfg.training_tokens:,} tokens: the held-out KL has not fallen for "

@@ -26,8 +26,9 @@ def run(command: str, function: Callable[[argparse.Namespace], None], args: argp
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for client in ("httpx", "httpx2"):  # the Hub's, which logs a line for each request
         logging.getLogger(client).setLevel(logging.WARNING)
-    # The host's own line of code, warned about again and again where data are tensors already.
+    # The host's: its own line of code where data are tensors already; advice that every command here follows.
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+    warnings.filterwarnings("ignore", message="\nThis SAE has non-empty model_from_pretrained_kwargs")
     try:
         if command not in ON_SEVERAL_RANKS:
             _check_alone(command)

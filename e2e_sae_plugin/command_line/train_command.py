@@ -10,7 +10,8 @@ from functools import partial
 from e2e_sae_plugin.checkpoint.resume import AUTO
 from e2e_sae_plugin.command_line.run_flags import parse_train
 from e2e_sae_plugin.command_line.train_flags import TrainParser, config_from_flags
-from e2e_sae_plugin.config import E2ESAERunnerConfig, read_yaml
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.config_reading import read_yaml
 from e2e_sae_plugin.cost.command import estimate_command
 from e2e_sae_plugin.distributed import join
 from e2e_sae_plugin.joint import MultiE2ESAERunnerConfig, MultiE2ESAETrainingRunner

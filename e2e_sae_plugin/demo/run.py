@@ -49,6 +49,7 @@ KINDS = (
 
 def demo_config(kind: DemoKind, output: Path | None, training_tokens: int, seed: int) -> E2ESAERunnerConfig:
     """The run of one kind. Small steps and a high rate: with few tokens, the number of updates is what counts."""
+    folder = None if output is None else output / kind.name.replace("+", "_")
     return E2ESAERunnerConfig(
         sae=TopKTrainingSAEConfig(d_in=128, d_sae=1024, k=40, normalize_activations="expected_average_only_in"),
         objective=kind.objective,
@@ -69,9 +70,10 @@ def demo_config(kind: DemoKind, output: Path | None, training_tokens: int, seed:
         n_batches_for_norm_estimate=20,
         n_eval_batches=0,
         seed=seed,
-        output_path=None if output is None else str(output / kind.name.replace("+", "_")),
-        overwrite_output=True,  # its folder is the demo's own
-        checkpoint_path=None,
+        output_path=None if folder is None else str(folder),
+        # What is finished is not trained again, what was interrupted goes on.
+        resume_from_checkpoint="auto" if folder is not None and folder.exists() else None,
+        checkpoint_path=None if output is None else str(output / "checkpoints"),
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
@@ -136,6 +138,8 @@ def run_demo(output: Path, training_tokens: int = 1_000_000, seed: int = 0) -> s
         seed: of the SAEs' initial weights.
     """
     started = time.monotonic()
+    for kind in KINDS:
+        demo_config(kind, output, training_tokens, seed)  # what is refused of one, before any is trained
     model = load_demo_model()
     dataset, held_out = (
         demo_dataset("train", CONTEXT_SIZE),
@@ -148,8 +152,8 @@ def run_demo(output: Path, training_tokens: int = 1_000_000, seed: int = 0) -> s
     )
     rows: list[tuple[str, SpliceMetrics]] = []
     for kind in KINDS:
-        first = f", the first {kind.local_first:.0%} of its tokens local" if kind.local_first else ""
-        print(f"\n{kind.name}: {kind.objective}{first}", flush=True)
+        first = f": the first {kind.local_first:.0%} of its tokens local" if kind.local_first else ""
+        print(f"\n{kind.name}{first}", flush=True)
         folder = train_kind(kind, model, dataset, output, training_tokens, seed)
         rows.append((kind.name, evaluate_folder(folder, model, held_out)))
     clean = rows[0][1]

@@ -15,7 +15,8 @@ from sae_lens import SAE
 from sae_lens.config import LoggingConfig
 
 from e2e_sae_plugin.architectures import AUXILIARY_FOR_DEAD_FEATURES, RUN_TIME_NORMALISATIONS
-from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, require_known_keys
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.config_reading import read_numbers, require_known_keys
 from e2e_sae_plugin.finetune.checks import check_same_place
 from e2e_sae_plugin.finetune.start import training_config
 from e2e_sae_plugin.objective import Objective

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, require_known_keys
+from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.config_reading import read_numbers, require_known_keys
 
 
 def shared_settings(given: Mapping[str, Any] | E2ESAERunnerConfig, *, prefix: str, what: str) -> dict[str, Any]:
