@@ -120,6 +120,10 @@ def test_warnings_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]):
         (("saes", "--context-size", "0"), "context_size (--context-size) must be at least 2, got 0"),
         (("saes", "--batch-prompts", "0"), "batch_size_prompts must be at least 1, got 0"),
         (("nameless",), "The SAE's metadata name no model. Give model_name (--model)"),
+        (
+            ("nameless", "--model", "e2e-sae-dem"),
+            "no model that TransformerLens knows. The nearest names: e2e-sae-demo, ",
+        ),
     ],
 )
 def test_what_is_refused(flags: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
