@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,7 @@ from e2e_sae_plugin.comparison.findings import ALIKE, E2E, E2E_DS, Finding, rati
 from e2e_sae_plugin.comparison.subjects import LOCAL, ordered_kinds
 from e2e_sae_plugin.hub.published import PublishedSAE, published, published_at
 from e2e_sae_plugin.report import CardGroup, Report, Section, SummaryLine, Table, write_report
+from e2e_sae_plugin.report.page import MARKDOWN_FILENAME
 from e2e_sae_plugin.report.table import Cell
 
 STATUS: dict[str, Literal["ok", "not"]] = {"confirmed": "ok", "not confirmed": "not"}
@@ -34,6 +37,18 @@ def write_report_of(found: Comparison, folder: Path, title: str = "SAEs compared
         importance.write_csv(path)
         written[f"importance/{path.name}"] = path
     return written
+
+
+def report_in(folder: Path) -> str | None:
+    """What the report in a folder is called, how many SAEs it is of and when it was written; None where there is none."""
+    path = folder / MARKDOWN_FILENAME
+    if not path.is_file():
+        return None
+    blocks = path.read_text(encoding="utf-8", errors="replace").split("\n\n", 2)
+    saes = re.match(r"\d+ SAEs?\b", blocks[1]) if len(blocks) > 1 else None
+    written = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+    title = blocks[0].removeprefix("# ").strip()
+    return f'"{title}"{f" of {saes[0]}" if saes else ""} ({written:%Y-%m-%d %H:%M})'
 
 
 def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report:

@@ -20,7 +20,7 @@ def sweep(args: argparse.Namespace) -> None:
     print(f"{n_whole} of {len(saes)} SAEs are in {cfg.output_path}, with their held-out metrics in sweep.csv.")
     rows = read_summary(cfg)
     print(f"\n{summary_table(rows).to_text()}")
-    if command := _next_command([row for row in rows if row["status"] == "finished"], cfg.output_path):
+    if command := _next_command([row for row in rows if row["status"] == "finished"], str(cfg.output_path)):
         print(f"\nCompare them: {command}")
     if failed:
         raise OSError(f"{len(failed)} failed, see failed.json in their folders: {', '.join(failed)}.")
