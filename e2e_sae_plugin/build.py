@@ -16,10 +16,11 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import temporary_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformer_lens.loading_from_pretrained import make_model_alias_map
 from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
-from e2e_sae_plugin.model_settings import check_model_settings, loading_settings
+from e2e_sae_plugin.model_settings import check_model_settings, loading_settings, unknown_model
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
 
@@ -82,9 +83,11 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
     `enable_compatibility_mode()`. Hugging Face models are wrapped without hooks of the host's: passes attach their own.
 
     Raises:
-        ValueError: settings that cannot work, see `check_model_settings`.
+        ValueError: settings that cannot work, see `check_model_settings`; a name that TransformerLens does not know.
     """
     check_model_settings(model_class_name, settings)
+    if model_class_name == "HookedTransformer" and model_name.lower() not in make_model_alias_map():
+        raise ValueError(unknown_model(model_name))  # TransformerLens's own lists every model there is
     settings = loading_settings(model_class_name, settings, device)
     if model_class_name != "TransformerBridge":
         return load_model(

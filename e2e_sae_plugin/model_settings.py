@@ -1,13 +1,23 @@
-"""`model_from_pretrained_kwargs` of large models: quantised, or on several devices; what cannot work is refused by name."""
+"""How models are loaded: large ones by `model_from_pretrained_kwargs`, quantised or on several devices; unknown names.
+
+What cannot work is refused by name.
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from transformer_lens.loading_from_pretrained import make_model_alias_map
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+BUNDLED = "e2e-sae-demo"
+"""`model_name` of the bundled model, and `dataset_path` of its training text."""
 HUGGING_FACE = "AutoModelForCausalLM"
 SHARDED = ("tp_plan", "tp_size", "distributed_config")
 BITS_AND_BYTES = ("load_in_4bit", "load_in_8bit")
@@ -98,3 +108,32 @@ def loading_settings(model_class_name: str, settings: Mapping[str, Any], device:
         settings["quantization_config"] = dict(settings["quantization_config"])
         settings["device_map"] = settings.get("device_map") or {"": device}
     return settings
+
+
+def unknown_model(model_name: str) -> str:
+    """What is wrong with a `model_name` that TransformerLens does not know, and what may have been meant."""
+    if Path(model_name).is_dir():
+        said = f"model_name={model_name!r} is a folder, and a HookedTransformer is loaded by name alone."
+    else:
+        near = ", ".join(_near_models(model_name))
+        said = f"model_name={model_name!r} is no model that TransformerLens knows. The nearest names: {near}."
+    return (
+        f"{said} A model of your own, in a folder or on the Hub, needs model_class_name (--model-class) "
+        "AutoModelForCausalLM or TransformerBridge. If this is the name in the metadata of an SAE that was trained with "
+        "override_model, which nothing can be loaded by, say which model it is of: --model of e2e-sae evaluate, compare and "
+        "finetune (there with --force), or evaluate() in Python, which takes the model itself."
+    )
+
+
+def _near_models(model_name: str, n: int = 4) -> list[str]:
+    """TransformerLens's names and aliases and the bundled model's, nearest first, whatever the case; always some."""
+    names = {name.lower(): name for name in (*make_model_alias_map(), *OFFICIAL_MODEL_NAMES, BUNDLED)}
+    typed = model_name.lower()
+    # An organisation that is missing or wrong makes two spellings of one model look unlike.
+    plain = typed.rsplit("/", 1)[-1]
+
+    def likeness(name: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, typed).ratio()
+        return max(whole, 0.99 * difflib.SequenceMatcher(None, name.rsplit("/", 1)[-1], plain).ratio())
+
+    return [names[name] for name in sorted(names, key=lambda name: (-likeness(name), name))[:n]]

@@ -639,13 +639,13 @@ def test_the_report_has_every_table_and_chart(whole: Comparison, tmp_path: Path)
     report = comparison_report(whole, "Mine")
     assert report.title == "Mine"
     assert [table.name for table in report.tables] == [
-        "verdicts", "findings", "saes", "agreement", "reconstruction",
-        "ratios", "layers", "layers_per_token", "l2_ratios", "geometry", "modes",
+        "saes", "agreement", "reconstruction", "ratios",
+        "layers", "layers_per_token", "l2_ratios", "geometry", "modes", "verdicts", "findings",
     ]  # fmt: skip
-    assert [line.status for line in report.summary] == [
-        {"confirmed": "ok", "not confirmed": "not", "cannot be told": "unclear"}[each.verdict]
-        for each in whole.findings
-    ]
+    assert [section.title for section in report.sections] == [
+        "How much each keeps", "By the same pathway?", "The same features?", "Most important features",
+        "The paper's findings",
+    ]  # fmt: skip
     assert [chart.name for chart in report.charts] == [
         "pareto_l0", "pareto_alive", "alive_curve",
         "downstream_mse", "explained_variance", "explained_variance_layernorm", "l2_ratio",
@@ -670,6 +670,32 @@ def test_the_report_has_every_table_and_chart(whole: Comparison, tmp_path: Path)
     assert layers[0]["hook"] == HOOK
     lengths = csv_rows(written["tables/l2_ratios.csv"])
     assert len([row for row in lengths if row["L2 ratio later"]]) == 6
+
+
+def test_the_summary_has_what_is_decided_alone(whole: Comparison):
+    def with_verdicts(
+        *verdicts: Any, parts: Any = (("a part", "cannot be told"), ("another", "cannot be told"))
+    ) -> Any:
+        findings = [
+            dataclasses.replace(each, verdict=verdict, parts=parts)
+            for each, verdict in zip(whole.findings, verdicts, strict=True)
+        ]
+        return comparison_report(dataclasses.replace(whole, findings=findings))
+
+    some = with_verdicts("cannot be told", "not confirmed", "confirmed")
+    assert [(line.text.split(" here")[0], line.status) for line in some.summary] == [
+        ("Pathways: not confirmed", "not"),
+        ("Geometry: confirmed", "ok"),
+    ]
+    none = with_verdicts(*["cannot be told"] * 3)
+    assert [line.status for line in none.summary] == [""]
+    assert none.summary[0].text.startswith("No finding of the paper can be told from these SAEs as a whole. That takes")
+    assert "e2e-sae sweep" in none.summary[0].text
+    assert [table.name for table in none.sections[-1].tables] == ["findings"]  # reasons, not a table of one word
+    part = with_verdicts(*["cannot be told"] * 3, parts=(("a part", "confirmed"), ("another", "cannot be told")))
+    assert "as a whole, but 3 of their 6 parts can: see the end. That" in part.summary[0].text
+    assert [table.name for table in part.sections[-1].tables] == ["verdicts", "findings"]
+    assert "unclear" not in "".join(map(markdown, (some, none, part)))
 
 
 def test_dominated_points_are_grey(whole: Comparison):

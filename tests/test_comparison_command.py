@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from test_comparison import made_up_sae, put
 from e2e_sae_plugin.cli import main
 from e2e_sae_plugin.comparison import inputs
 from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
+from e2e_sae_plugin.comparison.report import report_in
 from e2e_sae_plugin.demo import demo_tokens, load_demo_model
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 
@@ -70,6 +73,7 @@ def test_compare_writes_a_report_and_goes_on_from_it(
     assert compare(*flags) == 0
     shown = capsys.readouterr().out
     assert "CE loss increase" in shown
+    assert "Replaces" not in shown
     assert "The report is out/report.html; beside it report.md, tables/, figures/ and importance/." in shown
     text = Path("out/report.md").read_text()
     assert text.startswith("# Both kinds\n\n4 SAEs on blocks.3.hook_resid_pre of e2e-sae-demo")
@@ -82,6 +86,29 @@ def test_compare_writes_a_report_and_goes_on_from_it(
         assert compare(*flags) == 0
     assert "4 of 4 evaluations are those in out/evaluations." in caplog.text
     assert Path("out/report.md").read_text() == text
+    written = datetime.fromtimestamp(Path("out/report.md").stat().st_mtime)
+    assert 'Replaces the report "Both kinds" of 4 SAEs (' in capsys.readouterr().out
+    assert report_in(Path("out")) == f'"Both kinds" of 4 SAEs ({written:%Y-%m-%d %H:%M})'
+    assert report_in(Path("saes")) is None
+    assert compare("saes/e2e-0", "--output", "out", "--cards", "0") == 0
+    assert 'Replaces the report "Both kinds" of 4 SAEs' in capsys.readouterr().out
+    assert str(report_in(Path("out"))).startswith('"SAEs compared" of 1 SAE (')
+
+
+def test_a_folder_of_checkpoints_is_refused_with_the_nearest_sae(folder: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("old/9000", "run/512", "run/10240", "run/2560", "run/best"):
+        made_up_sae("e2e", **DEMO).save_model(f"ck/{name}")
+    for name, written in (("old/9000", 1), ("run/512", 4), ("run/10240", 2), ("run/2560", 3), ("run/best", 5)):
+        os.utime(f"ck/{name}/cfg.json", (written, written))
+    Path("ck/run/99999").mkdir()
+    Path("ck/run/99999/cfg.json").write_text("{}")  # without weights
+    for command in (["evaluate", "ck"], ["push", "me/demo", "ck", "--dry-run"]):
+        assert main(command) == 2
+        assert "has a cfg.json. Did you mean ck/run/10240?" in capsys.readouterr().err
+    Path("deep").mkdir()
+    Path("ck").rename("deep/ck")
+    assert main(["evaluate", "deep"]) == 2
+    assert "Did you mean deep/ck/run/10240?" in capsys.readouterr().err
 
 
 def test_labels_name_and_group(folder: Path):
@@ -120,6 +147,10 @@ def test_warnings_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]):
         (("saes", "--context-size", "0"), "context_size (--context-size) must be at least 2, got 0"),
         (("saes", "--batch-prompts", "0"), "batch_size_prompts must be at least 1, got 0"),
         (("nameless",), "The SAE's metadata name no model. Give model_name (--model)"),
+        (
+            ("nameless", "--model", "e2e-sae-dem"),
+            "no model that TransformerLens knows. The nearest names: e2e-sae-demo, ",
+        ),
     ],
 )
 def test_what_is_refused(flags: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -360,7 +360,9 @@ def test_the_command(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixtu
     inference_form(an_sae(), tmp_path / "x")
     inference_form(an_sae(seed=1), tmp_path / "lr=0.1")
     assert main(["push", REPO, str(tmp_path / "x"), "--dry-run"]) == 0
-    assert "Would push" in capsys.readouterr().out
+    card, _, files = capsys.readouterr().out.partition("Would push")
+    assert card.startswith("The model card, for a repository that is new:\n\n---\n")
+    assert all(line.endswith("planned") for line in files.splitlines()[1:])  # the list is what stays in sight
     assert hub.requests == []
     assert (
         main(["push", REPO, f"first={tmp_path / 'x'}", str(tmp_path / "lr=0.1"), "--private", "--license", "mit"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,33 @@ def test_models_are_loaded_from_a_folder_for_both_families_that_can(tmp_path: Pa
         config = runner_config(model_name=str(tmp_path / "model"), model_class_name=class_name)
         loaded = build.load_model_for(config)
         torch.testing.assert_close(loaded(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_name", "said"),
+    [
+        ("gpt2-smal", "'gpt2-smal' is no model that TransformerLens knows. The nearest names: gpt2-small, "),
+        ("EleutherAI/pythia-70", "The nearest names: EleutherAI/pythia-70m, pythia-70m, "),
+        ("E2E_sae_demo", "The nearest names: e2e-sae-demo, "),
+        ("my-own", "The nearest names: "),  # some, however far
+        (".", "model_name='.' is a folder, and a HookedTransformer is loaded by name alone."),
+    ],
+)
+def test_a_model_that_nobody_knows_is_refused_with_its_nearest_names(model_name: str, said: str):
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        build.load_model_for(runner_config(model_name=model_name))
+    text = str(refused.value)
+    assert len(text) < 800  # TransformerLens's own lists several hundred
+    assert ("nearest" in text) == (model_name != ".")
+    if "nearest" in text:
+        assert text.split("nearest names: ")[1].split(". A model")[0].count(", ") == 3
+    for hint in (
+        "(--model-class) AutoModelForCausalLM or TransformerBridge",
+        "override_model",
+        "--model of",
+        "evaluate()",
+    ):
+        assert hint in text
 
 
 def test_held_out_sequences_are_never_trained_on_even_in_a_second_epoch(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -583,3 +584,54 @@ def test_a_bridge_with_processed_weights_is_bit_equal_and_has_their_gradients(ho
     naive = clean.activation.clone().requires_grad_()
     (naive_run(model, tokens, {hook_name: naive}, [])[0] * probe).sum().backward()
     torch.testing.assert_close(leaf.grad, naive.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "hook_name", "said"),
+    [
+        ("gpt2", "blocks.2.hook_resid_pre", "use transformer.h.1, whose output is the residual stream that enters"),
+        ("gpt2", "blocks.2.hook_resid_post", "use transformer.h.2, whose output is the residual stream that leaves"),
+        ("llama", "blocks.2.hook_resid_pre", "use model.layers.1, whose output"),
+        ("llama", "blocks.0.hook_resid_pre", "The first that can be used is model.layers.0."),
+        (
+            "llama",
+            "blocks.1.hook_mlp_out",
+            "model.layers.1 for the whole layer, or a module inside it, model.layers.1.<mod",
+        ),
+        ("llama", "blocks.9.hook_resid_pre", "model.layers.0 to model.layers.2 are its layers, and it has no layer 9."),
+        (
+            "hooked_transformer",
+            "model.layers.1",
+            "use blocks.1.hook_resid_post, the residual stream that leaves block 1.",
+        ),
+        ("bridge", "transformer.h.0", "use blocks.0.hook_"),
+        ("hooked_transformer", "blocks.1", "use blocks.1.hook_resid_post"),
+        ("hooked_transformer", "model.layers.1.mlp", "more are in block 1."),
+        ("hooked_transformer", "model.layers.9", "There is no block 9."),
+        (
+            "hooked_transformer",
+            "block.1.hook_resid_pre",
+            "'block.1.hook_resid_pre'. Near matches: blocks.1.hook_resid_pre",
+        ),
+    ],
+)
+def test_a_hook_name_of_the_other_family_is_refused_with_its_counterpart(family: str, hook_name: str, said: str):
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        splice_into(FAMILIES[family](), hook_name)
+    assert f"The model has no hook_name {hook_name!r}." in str(refused.value)
+
+
+def test_the_counterpart_that_is_named_is_the_same_activation():
+    bridge, tokens = tiny_bridge(), token_batch(1)
+    bridge.original_model.eval()
+    _, cache = bridge.run_with_cache(tokens)
+    hugging_face = tiny_gpt2_model().eval()
+    outputs: list[Tensor] = []
+    for layer in hugging_face.transformer.h:
+        layer.register_forward_hook(lambda *seen: outputs.append(seen[2][0] if isinstance(seen[2], tuple) else seen[2]))
+    hugging_face(tokens)
+    for name in ("blocks.2.hook_resid_pre", "blocks.1.hook_resid_post"):
+        with pytest.raises(ValueError, match="use transformer") as refused:
+            splice_into(proxy(tiny_gpt2_model()), name)
+        layer = int(str(refused.value).split("use transformer.h.")[1].split(",")[0])
+        torch.testing.assert_close(outputs[layer], cache[name], rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from e2e_sae_plugin.command_line.run_flags import SWEEP_FILE as EXAMPLE
 from e2e_sae_plugin.demo import corpus
 from e2e_sae_plugin.step import SplicedStepTrainer
 from e2e_sae_plugin.sweep import SweepConfig
+from e2e_sae_plugin.sweep.command import _next_command as next_command  # pyright: ignore[reportPrivateUsage]
 
 
 def example() -> dict[str, Any]:
@@ -64,6 +66,17 @@ def test_a_file_is_trained_and_said_where_it_is(file: Path, capsys: pytest.Captu
     folder = file.parent / "saes"
     text = capsys.readouterr().out
     assert f"2 of 2 SAEs are in {folder}, with their held-out metrics in sweep.csv." in text
+    with (folder / "sweep.csv").open(newline="") as summary:
+        rows = list(csv.DictReader(summary))
+    shown = {line.split()[0]: line.split() for line in text.splitlines() if line.endswith("  finished")}
+    assert list(shown) == [row["name"] for row in rows] == ["local-1-seed0", "e2e-0.005-seed0"]
+    for row in rows:
+        _, kind, *numbers, _ = shown[row["name"]]
+        assert kind == row["kind"]
+        for number, column in zip(numbers, ("ce_loss_increase", "held_out_kl", "held_out_l0"), strict=True):
+            assert float(number) == float(f"{float(row[column]):.4g}")
+            assert len(number) <= 9
+    assert text.rstrip().endswith(f"Compare them: e2e-sae compare {folder} --output {folder}-compared")
     assert {path.name for path in folder.iterdir()} == {"local-1-seed0", "e2e-0.005-seed0", "sweep.csv"}
     assert all((path / "sae_weights.safetensors").exists() for path in folder.iterdir() if path.is_dir())
     assert main(["sweep", "--config", str(file)]) == 0  # finished: at once
@@ -122,6 +135,9 @@ def test_when_some_or_all_fail_the_status_is_1(
     assert main(["sweep", "--config", str(file)]) == 1
     output = capsys.readouterr()
     assert "1 of 2 SAEs are in" in output.out
+    row = next(line.split() for line in output.out.splitlines() if line.startswith("e2e-0.005-seed0 "))
+    assert row == ["e2e-0.005-seed0", "e2e", "—", "—", "—", "failed"]
+    assert "Compare them" not in output.out  # one SAE alone
     assert "e2e-sae sweep: 1 failed, see failed.json in their folders: e2e-0.005-seed0." in output.err
     content = yaml.safe_load(file.read_text())
     del content["kinds"]["local"]
@@ -163,3 +179,13 @@ def test_the_example_of_the_help_trains(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_example_of_the_docs_is_the_one_of_the_help():
     text = (Path(__file__).parent.parent / "docs/guides/comparing.md").read_text()
     assert yaml.safe_load(text.split("```yaml\n", 1)[1].split("```", 1)[0]) == example()
+
+
+def test_saes_of_several_hooks_are_compared_hook_by_hook():
+    rows = [{"name": f"e2e-{hook}-seed{seed}", "hook_name": hook} for hook in ("h.0", "h.1") for seed in (0, 1)]
+    assert next_command(rows, "my saes") == (
+        "e2e-sae compare 'my saes/e2e-h.0-seed0' 'my saes/e2e-h.0-seed1' --output 'my saes-compared/h.0' "
+        "(and so for each of the 2 hooks)"
+    )
+    assert next_command(rows[:2], "saes") == "e2e-sae compare saes --output saes-compared"
+    assert next_command(rows[:1], "saes") == next_command([], "saes") == ""

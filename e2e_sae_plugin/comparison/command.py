@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.comparison.compare import compare
 from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
-from e2e_sae_plugin.comparison.report import sae_tables, write_report_of
+from e2e_sae_plugin.comparison.report import report_in, sae_tables, write_report_of
 from e2e_sae_plugin.comparison.subjects import Subject, check_finite, check_same_model, load_subjects
 from e2e_sae_plugin.evaluation.evaluate import common_place, evaluate
 from e2e_sae_plugin.joint import SAESet
@@ -63,6 +63,8 @@ def compare_command(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {str(args.output)!r} is a file. Name a folder.")
     subjects, model, tokens = _inputs(args, args.saes)
+    if (replaced := report_in(args.output)) is not None:
+        print(f"Replaces the report {replaced} in {args.output}.")
     found = compare(
         subjects, model, tokens, cache=args.output, n_cards=args.cards, n_exact=args.exact, hook_name=args.hook,
         text=_text(args, subjects), batch_size_prompts=args.batch_prompts, progress=True,

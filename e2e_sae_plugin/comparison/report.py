@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from e2e_sae_plugin.comparison.charts import (
     alive_chart,
@@ -14,13 +17,15 @@ from e2e_sae_plugin.comparison.charts import (
 )
 from e2e_sae_plugin.comparison.compare import Comparison, file_stem, mean_increase
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D
-from e2e_sae_plugin.comparison.findings import ALIKE, E2E, E2E_DS, ratio
+from e2e_sae_plugin.comparison.findings import ALIKE, E2E, E2E_DS, Finding, ratio
 from e2e_sae_plugin.comparison.subjects import LOCAL, ordered_kinds
 from e2e_sae_plugin.hub.published import PublishedSAE, published, published_at
 from e2e_sae_plugin.report import CardGroup, Report, Section, SummaryLine, Table, write_report
+from e2e_sae_plugin.report.page import MARKDOWN_FILENAME
 from e2e_sae_plugin.report.table import Cell
 
-STATUS = {"confirmed": "ok", "not confirmed": "not", "cannot be told": "unclear"}
+STATUS: dict[str, Literal["ok", "not"]] = {"confirmed": "ok", "not confirmed": "not"}
+"""Of findings that are decided."""
 
 
 def write_report_of(found: Comparison, folder: Path, title: str = "SAEs compared") -> dict[str, Path]:
@@ -32,6 +37,18 @@ def write_report_of(found: Comparison, folder: Path, title: str = "SAEs compared
         importance.write_csv(path)
         written[f"importance/{path.name}"] = path
     return written
+
+
+def report_in(folder: Path) -> str | None:
+    """What the report in a folder is called, how many SAEs it is of and when it was written; None where there is none."""
+    path = folder / MARKDOWN_FILENAME
+    if not path.is_file():
+        return None
+    blocks = path.read_text(encoding="utf-8", errors="replace").split("\n\n", 2)
+    saes = re.match(r"\d+ SAEs?\b", blocks[1]) if len(blocks) > 1 else None
+    written = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+    title = blocks[0].removeprefix("# ").strip()
+    return f'"{title}"{f" of {saes[0]}" if saes else ""} ({written:%Y-%m-%d %H:%M})'
 
 
 def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report:
@@ -46,23 +63,39 @@ def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report
         sections.insert(2, _geometry(found))
     # The findings are about the paper's kinds: of others, such as before and after, there is nothing to say.
     findings = found.findings if len({LOCAL, E2E, E2E_DS} & set(kinds)) > 1 else ()
-    summary = [
-        SummaryLine(f"{each.title}: {each.verdict} here. The paper's claim: {each.claim}", STATUS[each.verdict])  # pyright: ignore[reportArgumentType]
-        for each in findings
-    ]
     if findings:
-        sections.insert(0, _findings(found))
+        sections.append(_findings(found))
     return Report(
         title=title,
         subtitle=f"{len(found.subjects)} SAE{'s' * several} on {found.place.hook_name} of "
         f"{found.subjects[0].sae.cfg.metadata.model_name or 'a model without a name'}, on {first.n_tokens:,} tokens in "
         f"{first.n_sequences:,} sequences{f' of {first.text}' if first.text else ''}; clean CE loss {clean:.4f} nats per "
         "token. Brackets: 95 % intervals of a bootstrap over sequences.",
-        summary=tuple(summary),
+        summary=_summary(findings),
         sections=tuple(section for section in sections if section.charts or section.tables or section.card_groups),
         warnings=found.warnings,
         groups=tuple(kinds),
     )
+
+
+def _summary(findings: Sequence[Finding]) -> tuple[SummaryLine, ...]:
+    """The findings that are decided; where there is none, what that takes."""
+    decided = tuple(
+        SummaryLine(f"{each.title}: {each.verdict} here. The paper's claim: {each.claim}", STATUS[each.verdict])
+        for each in findings
+        if each.verdict in STATUS
+    )
+    if decided or not findings:
+        return decided
+    parts = [verdict for each in findings for _, verdict in each.parts]
+    n_told = sum(verdict in STATUS for verdict in parts)
+    text = "No finding of the paper can be told from these SAEs as a whole"
+    text += f", but {n_told} of their {len(parts)} parts can: see the end. " if n_told else ". "
+    text += (
+        "That takes several sparsities of each kind (local, e2e and e2e+ds; of local and one of the others, parts can be "
+        "told), and two seeds for the geometry. e2e-sae sweep trains such a set."
+    )
+    return (SummaryLine(text),)
 
 
 def _findings(found: Comparison) -> Section:
@@ -73,6 +106,7 @@ def _findings(found: Comparison) -> Section:
     )
     parts = tuple((each.title, part, verdict) for each in found.findings for part, verdict in each.parts)
     verdicts = Table("verdicts", "Part by part", "", ("finding", "part of the claim", "verdict"), parts)
+    told = any(verdict in STATUS for _, _, verdict in parts)
     table = Table(
         "findings",
         "What they rest on",
@@ -85,7 +119,7 @@ def _findings(found: Comparison) -> Section:
         "What Braun et al. 2024 found on GPT2-small, put to the test on these SAEs. Ratios are geometric means along curves "
         "that are interpolated in logarithms, over the range that all curves cover. A part has a verdict where its 95 % "
         "interval lies on one side of the threshold.",
-        tables=(verdicts, table),
+        tables=(verdicts, table) if told else (table,),
     )
 
 

@@ -7,9 +7,7 @@ from transformer_lens import HookedTransformer
 
 from e2e_sae_plugin.demo.data import demo_dataset
 from e2e_sae_plugin.demo.model import load_demo_model
-
-BUNDLED = "e2e-sae-demo"
-"""`model_name` of the bundled model, and `dataset_path` of its training text."""
+from e2e_sae_plugin.model_settings import BUNDLED as BUNDLED
 
 
 def bundled_model(model_name: str | None, device: str = "cpu") -> HookedTransformer | None:

@@ -27,6 +27,7 @@ from e2e_sae_plugin.hub.sae_folder import (
     check_sae_folder,
     entry_of,
     last_held_out,
+    nearest_sae,
     read_evaluation,
     read_json,
 )
@@ -107,7 +108,7 @@ def _named(saes: Source | Mapping[str, Source], sae_id: str | None) -> dict[str,
         raise ValueError(
             f"{str(saes)!r} holds no SAE: "
             + (
-                f"neither it nor a folder in it has a {SAE_CFG_FILENAME}."
+                f"neither it nor a folder in it has a {SAE_CFG_FILENAME}.{nearest_sae(folder)}"
                 if folder.is_dir()
                 else "there is no such folder."
             )

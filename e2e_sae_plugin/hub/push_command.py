@@ -23,9 +23,9 @@ def push_command(args: argparse.Namespace) -> None:
         commit_message=args.message,
         dry_run=args.dry_run,
     )
+    if args.dry_run:  # the list last: the card is some two hundred lines
+        print(f"The model card, for a repository that is new:\n\n{push.card}\n")
     print(push)
-    if args.dry_run:
-        print(f"\nIts model card, for a repository that is new:\n\n{push.card}")
 
 
 def _sources(texts: Sequence[str]) -> Source | dict[str, Source]:

@@ -32,6 +32,22 @@ UNFOLDED = ("expected_average_only_in", "covariance_whitening")
 """Normalisations that SAELens folds into a finished SAE's weights, and leaves out of one where they are not."""
 
 
+def nearest_sae(folder: Path) -> str:
+    """`" Did you mean ...?"` with an SAE that lies deeper in a folder, such as the checkpoints of a run; else empty.
+
+    Of several, the newest folder's with the highest number, as checkpoints are called.
+    """
+    found = [path.parent for depth in ("*/*", "*/*/*") for path in folder.glob(f"{depth}/{SAE_CFG_FILENAME}")]
+    found = [path for path in found if (path / SAE_WEIGHTS_FILENAME).is_file()]
+    if not found:
+        return ""
+    written = {path: (path / SAE_CFG_FILENAME).stat().st_mtime for path in found}
+    newest = max(found, key=lambda path: written[path]).parent
+    beside = [path for path in found if path.parent == newest]
+    number = {path: int(path.name) if path.name.isdecimal() else -1 for path in beside}
+    return f" Did you mean {max(beside, key=lambda path: (number[path], written[path], path.name))}?"
+
+
 def check_sae_folder(folder: Path) -> dict[str, Any]:
     """Load it as its users will; returns its metadata, with `d_in`, `d_sae` and `weights_sha256` of what was loaded.
 

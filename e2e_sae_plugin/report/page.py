@@ -28,7 +28,7 @@ MAX_DATA_ROWS = 100
 
 Status = Literal["ok", "not", "unclear", ""]
 MARKS = {"ok": "✔", "not": "✘", "unclear": "?", "": ""}
-MEANINGS = {"ok": "yes", "not": "no", "unclear": "unclear", "": ""}
+MEANINGS = {"ok": "yes", "not": "no", "unclear": "cannot be told", "": ""}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from e2e_sae_plugin.kernels.kl import LinearHead
 from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
-from e2e_sae_plugin.splice.positions import HookPosition, hugging_face_position, near_matches
+from e2e_sae_plugin.splice.positions import HookPosition, hugging_face_position, no_such_hook
 from e2e_sae_plugin.splice.recompute import Recompute
 
 
@@ -26,7 +26,11 @@ def find_layers(model: nn.Module, hook_name: str) -> str:
     """
     names = [name for name, _ in model.named_modules() if name]
     if hook_name not in names:
-        raise ValueError(f"The model has no hook_name {hook_name!r}.{near_matches(hook_name, names)}")
+        lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        # A vision tower may have layers too; the decoder is what the model's config counts.
+        n_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+        path, length = next((each for each in lists if each[1] == n_layers), lists[0] if lists else (None, 0))
+        raise ValueError(no_such_hook(hook_name, names, path, length))
     match = re.match(r"(.+?)\.\d+(\.|$)", hook_name)
     if match is None or not isinstance(model.get_submodule(match[1]), nn.ModuleList):
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]

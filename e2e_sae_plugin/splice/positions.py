@@ -37,13 +37,67 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     return f" Near matches: {', '.join(close)}." if close else ""
 
 
+def no_such_hook(hook_name: str, known: Sequence[str], layers_path: str | None = None, n_layers: int = 0) -> str:
+    """What is wrong with a hook name that the model does not have; of the other family's names, what it is here.
+
+    Args:
+        known: the model's names.
+        layers_path: of a plain Hugging Face model, the path of its decoder layers; None of TransformerLens's models.
+        n_layers: of a plain Hugging Face model, how many there are.
+    """
+    said = f"The model has no hook_name {hook_name!r}."
+    if layers_path is not None and (match := re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)):
+        return f"{said} {_as_module(int(match[1]), match[2], layers_path, n_layers)}"
+    if layers_path is None and (match := re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(\d+)(\..+)?", hook_name)):
+        is_layer, block = match[2] is None, int(match[1])
+        if ".hook_" not in hook_name and (is_layer or not hook_name.startswith("blocks.")):
+            return f"{said} {_as_hook_point(block, is_layer, known)}"
+    return said + near_matches(hook_name, known)
+
+
+def _as_module(block: int, inside: str, layers_path: str, n_layers: int) -> str:
+    """Where TransformerLens's `blocks.<block>.<inside>` is in a plain Hugging Face model."""
+    text = (
+        "That is a name of TransformerLens's. With model_class_name AutoModelForCausalLM, hooks are module paths, which "
+        "stand for the module's output: "
+    )
+    if block >= n_layers:
+        return f"{text}{layers_path}.0 to {layers_path}.{n_layers - 1} are its layers, and it has no layer {block}."
+    if inside == "hook_resid_post":
+        return f"{text}use {layers_path}.{block}, whose output is the residual stream that leaves that layer."
+    if inside == "hook_resid_pre" and block > 0:
+        return (
+            f"{text}use {layers_path}.{block - 1}, whose output is the residual stream that enters the next layer, "
+            f"{layers_path}.{block}."
+        )
+    if inside == "hook_resid_pre":
+        return f"{text}what enters the first layer is no layer's output. The first that can be used is {layers_path}.0."
+    return f"{text}{layers_path}.{block} for the whole layer, or a module inside it, {layers_path}.{block}.<module>."
+
+
+def _as_hook_point(block: int, is_layer: bool, known: Sequence[str]) -> str:
+    """Where the output of a layer, or something inside it, is in a model of TransformerLens's."""
+    text = (
+        "That is a module path, as with model_class_name AutoModelForCausalLM. TransformerLens's models have hooks, named "
+        "blocks.<block>.<...>: "
+    )
+    ends = [name for end in ("hook_resid_post", "hook_out") if (name := f"blocks.{block}.{end}") in known]
+    if not ends:
+        return f"{text}blocks.0.hook_resid_pre, for instance. There is no block {block}."
+    if is_layer:
+        return f"{text}use {ends[0]}, the residual stream that leaves block {block}."
+    inside = [name for name in known if name.startswith(f"blocks.{block}.")]
+    return f"{text}{', '.join(inside[:3])} and {len(inside) - 3} more are in block {block}."
+
+
 def transformer_lens_position(hook_name: str, n_layers: int, known: Sequence[str]) -> HookPosition:
     """Position of a TransformerLens hook name such as `blocks.6.hook_resid_pre`.
 
     Raises:
         ValueError: the model has no such hook, or it is not inside a block.
     """
-    _require_known(hook_name, known)
+    if hook_name not in known:
+        raise ValueError(no_such_hook(hook_name, known))
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if match is None:
         raise ValueError(
@@ -72,7 +126,8 @@ def hugging_face_position(hook_name: str, layers_path: str, n_layers: int, known
     Raises:
         ValueError: the model has no such module, or it is not a decoder layer or inside one.
     """
-    _require_known(hook_name, known)
+    if hook_name not in known:
+        raise ValueError(no_such_hook(hook_name, known, layers_path, n_layers))
     match = re.fullmatch(re.escape(layers_path) + r"\.(\d+)(\..+)?", hook_name)
     if match is None:
         raise ValueError(
@@ -89,8 +144,3 @@ def hugging_face_position(hook_name: str, layers_path: str, n_layers: int, known
         # The output of layer k - 1 is the residual stream entering block k.
         default_downstream=tuple(f"{layers_path}.{k - 1}" for k in range(start + 1, n_layers)),
     )
-
-
-def _require_known(hook_name: str, known: Sequence[str]) -> None:
-    if hook_name not in known:
-        raise ValueError(f"The model has no hook_name {hook_name!r}.{near_matches(hook_name, known)}")

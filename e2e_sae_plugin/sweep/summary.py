@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.metrics_log import METRICS_FILENAME
 from e2e_sae_plugin.output_folder import is_finished
+from e2e_sae_plugin.report.table import Table
 from e2e_sae_plugin.sweep.config import SideBySide
 from e2e_sae_plugin.sweep.member import FAILURE_FILENAME
 
@@ -36,6 +38,27 @@ def write_summary(cfg: SideBySide) -> None:
         writer.writerow([name, member.kind, member.sparsity, member.seed, member.hook_name, status, *figures])
     Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
     write_whole(Path(cfg.output_path) / SUMMARY_FILENAME, text.getvalue())
+
+
+def read_summary(cfg: SideBySide) -> list[dict[str, str]]:
+    """Its rows, as `write_summary` wrote them."""
+    with (Path(cfg.output_path) / SUMMARY_FILENAME).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary_table(rows: Sequence[dict[str, str]]) -> Table:
+    """What a person looks at first."""
+    metrics = {"CE loss increase": "ce_loss_increase", "KL": "held_out_kl", "L0": "held_out_l0"}
+    cells = [
+        (
+            row["name"],
+            row["kind"],
+            *(float(row[column]) if row[column] else None for column in metrics.values()),
+            row["status"],
+        )
+        for row in rows
+    ]
+    return Table("sweep", "The sweep", "Held out.", ("SAE", "kind", *metrics, "status"), tuple(cells))
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any]:
