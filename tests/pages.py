@@ -143,7 +143,7 @@ def commands(block: Block) -> Iterator[list[str]]:
     """The commands of a bash block that are this project's, word by word."""
     for line in block.source.replace("\\\n", " ").splitlines():
         for command in re.split(r"&&|;|\||&", line):
-            words = shlex.split(command, comments=True)
+            words = shlex.split(command.partition(">")[0], comments=True)
             if words and words[0] in COMMANDS:
                 yield words
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
@@ -158,8 +159,8 @@ def test_settings_that_cannot_work_are_refused_by_name(settings: dict[str, Any],
         (39, {}, "32 or 40"),
         (7, {}, "8"),
         (9, {}, "8 or 16"),
-        (32, {"seqpos_slice": (1, -1)}, "30 or 36"),
-        (32, {"seqpos_slice": (None, None, 3)}, "30 or 33"),
+        (32, {"seqpos_slice": (1, -1)}, "30 or 36; 24 in micro-batches of store_batch_size_prompts=4"),
+        (32, {"seqpos_slice": (None, None, 3)}, "30 or 33; 36 in micro-batches of store_batch_size_prompts=4"),
     ],
 )
 def test_a_step_that_is_not_whole_sequences_is_refused_with_the_nearest_two(
@@ -169,7 +170,7 @@ def test_a_step_that_is_not_whole_sequences_is_refused_with_the_nearest_two(
         ValueError, match=rf"train_batch_size_tokens={tokens} is not a whole .*Nearest usable: {nearest}\."
     ):
         runner_config(train_batch_size_tokens=tokens, **settings)
-    for usable in nearest.split(" or "):
+    for usable in re.findall(r"\d+", nearest.split(" in ")[0]):
         runner_config(train_batch_size_tokens=int(usable), **settings)
 
 

@@ -125,3 +125,14 @@ def test_demo_runs_prints_one_table_and_writes_loadable_saes(tmp_path, capsys):
     assert "layer 5" in text
     assert "Load one" in text
     assert "Language model" in capsys.readouterr().out
+    weights = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("local", "e2e", "e2e_ds")]
+    again = run_demo(tmp_path, training_tokens=10_240)
+    assert again.split("in all")[0].splitlines()[:-1] == text.split("in all")[0].splitlines()[:-1]
+    with pytest.raises(ValueError, match="holds another run, which would be overwritten"):
+        run_demo(tmp_path, training_tokens=20_480)
+    with pytest.raises(ValueError, match=r"local_first=0\.6 leaves none of the 2 steps"):
+        run_demo(tmp_path / "other", training_tokens=1024)
+    assert not (tmp_path / "other").exists()  # refused before any was trained
+    assert weights == [
+        (tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("local", "e2e", "e2e_ds")
+    ]

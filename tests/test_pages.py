@@ -80,10 +80,10 @@ def test_blocks_say_what_they_are():
             compile(side.replace("=...", "=None").replace("...)", ")"), str(block), "exec")
 
 
-def test_what_does_not_run_is_little():
-    running = [block for block in ALL if block.language in ("python", "bash")]
-    marked = [block for block in running if block.needs is not None]
-    assert len(marked) < len(running) / 2, [str(block) for block in marked]
+def test_most_of_the_python_runs():
+    python = [block for block in ALL if block.language == "python"]
+    marked = [block for block in python if block.needs is not None]
+    assert len(marked) <= len(python) / 3, [str(block) for block in marked]
 
 
 @pytest.mark.documentation

@@ -178,7 +178,7 @@ def test_the_example_of_the_help_trains(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_example_of_the_docs_is_the_one_of_the_help():
     text = (Path(__file__).parent.parent / "docs/guides/comparing.md").read_text()
-    assert yaml.safe_load(text.split("```yaml\n", 1)[1].split("```", 1)[0]) == example()
+    assert yaml.safe_load(text.split('```yaml title="sweep.yaml"\n', 1)[1].split("```", 1)[0]) == example()
 
 
 def test_saes_of_several_hooks_are_compared_hook_by_hook():

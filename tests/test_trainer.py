@@ -104,7 +104,7 @@ def test_local_objective_equals_the_hosts_own_steps_to_the_bit(architecture: str
     ours = build_trainer(config, model)
     ours.spliced_model.use_native_kernels(False)  # the host reads its activations from the model's own code
     host_sae = copy.deepcopy(ours.sae)
-    host: SAETrainer[Any, Any] = SAETrainer(config.to_sae_trainer_config(), host_sae, data_provider=iter([]))
+    host: SAETrainer[Any, Any] = SAETrainer(config.host_trainer_config(), host_sae, data_provider=iter([]))
     acts = clean_activations(model, token_batch(8, seed=9))
     set_scaler(ours, normalisation, acts)
     set_scaler(host, normalisation, acts)
