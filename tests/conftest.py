@@ -13,7 +13,7 @@ if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # processes beside each other: with several threads each they wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-for _variable in ("WANDB_MODE", "WANDB_API_KEY"):
+for _variable in ("WANDB_MODE", "WANDB_API_KEY", "TQDM_DISABLE"):  # tests look at bars
     os.environ.pop(_variable, None)
 
 from jaxtyping import install_import_hook  # noqa: E402
