@@ -36,7 +36,7 @@ IMAGES = ("image/png", "image/jpeg")
 KINDS_OF_TEXT = ("text/plain", "text/markdown", "text/html")
 COLOURS = re.compile(r"\x1b\[[\d;]*m?")
 NOISE = {
-    "a path of a machine": re.compile(r"(?<![\w.])/(?:home|tmp|root|work|Users|var|mnt|opt)/|[A-Z]:\\\\Users"),
+    "a path of a machine": re.compile(r"(?<![\w.])/(?:home|tmp|root|Users|var|mnt|opt)/|[A-Z]:\\\\Users"),
     "a progress bar": re.compile(r"\r|\d(?:it|tok|seq|s)/(?:s|it)\]|\d+%\|"),
     "a warning": re.compile(r"\w+Warning: "),
     "terminal colours": COLOURS,
