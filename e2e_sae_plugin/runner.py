@@ -293,7 +293,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.cfg.objective.downstream_hooks or not self.spliced_model.position.default_downstream:
             return self.spliced_model
         model = splice_into(self.model, self.cfg.hook_name)
-        model.vocabulary, model.unembed = self.spliced_model.vocabulary, self.spliced_model.unembed
+        model.output = self.spliced_model.output
         return model
 
     def _seekable_store(self) -> SeekableActivationsStore:

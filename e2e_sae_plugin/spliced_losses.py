@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_sae_plugin.kernels.kl import LinearHead, fused_kl_sum
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
 from e2e_sae_plugin.kernels.kl_top_k import top_k_kl_sum
 from e2e_sae_plugin.losses import squared_error_sum
 from e2e_sae_plugin.objective import Objective

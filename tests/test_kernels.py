@@ -26,7 +26,8 @@ from torch import Tensor
 
 from e2e_sae_plugin import Objective, splice_into
 from e2e_sae_plugin.kernels import kl, relu_sae
-from e2e_sae_plugin.kernels.kl import LinearHead, fused_kl_sum
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
 
 D, V, N = 6, 11, 200
 

@@ -17,7 +17,8 @@ from helpers import hook_of, proxy, randomise, tiny_gpt2_model, tiny_llama_model
 from torch import Tensor, nn
 
 from e2e_sae_plugin import Objective, splice_into
-from e2e_sae_plugin.kernels.kl import LinearHead, fused_kl_sum
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
 from e2e_sae_plugin.losses import kl_per_token
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import clean_micro_batch, spliced_terms

@@ -22,7 +22,7 @@ from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.evaluation.metrics import encode_with
 from e2e_sae_plugin.evaluation.place import spliced_at_its_place
 from e2e_sae_plugin.kernels.kl import chunk_tokens, fused_kl_sum
-from e2e_sae_plugin.splice import CleanPass, SplicedModel
+from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import select_tokens
 from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, sequence_of, splice
 
@@ -271,6 +271,5 @@ class _Encoded:
     def _copies(self, rows: list[int], n_tokens: int) -> MicroBatch:
         """The micro-batch with these of its sequences, each as often as it is named."""
         clean, tokens, mask = self.micro.clean, self.micro.tokens[rows], self.micro.mask
-        context = self.model._prepare(tokens)
-        copies = CleanPass(clean.activation[rows], clean.block_input[rows], context=context)
+        copies = clean.of_sequences(rows, self.model._prepare(tokens))
         return MicroBatch(tokens, copies, None if mask is None else mask[rows], n_tokens)

@@ -19,7 +19,7 @@ def splice_into(
     hook_name: str,
     *,
     downstream_hooks: Sequence[str] | None = None,
-    needs_downstream: bool = True,
+    needs_downstream: bool | None = None,
 ) -> SplicedModel:
     """Freeze `model` and prepare it for an SAE at `hook_name`.
 
@@ -27,7 +27,8 @@ def splice_into(
         model: a `HookedTransformer`, a `TransformerBridge` or a `HookedProxyLM`.
         hook_name: where the SAE sits.
         downstream_hooks: where later activations are compared; None for the residual stream entering every later block.
-        needs_downstream: False when no later activation is compared.
+        needs_downstream: False when no later activation is compared; True to raise an error where there is none to compare;
+            None for what there is.
 
     Raises:
         ValueError: another class of model, or a hook that the model does not have or that cannot be spliced.

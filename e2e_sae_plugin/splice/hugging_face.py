@@ -11,8 +11,8 @@ import torch
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
 
-from e2e_sae_plugin.kernels.kl import LinearHead
-from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.splice.base import BlockInput, HookFunction, SplicedModel
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.positions import HookPosition, hugging_face_position, no_such_hook
 from e2e_sae_plugin.splice.recompute import Recompute
@@ -49,7 +49,7 @@ class SplicedHuggingFace(SplicedModel):
     model: HookedProxyLM  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
-        self, model: HookedProxyLM, hook_name: str, downstream_hooks: Sequence[str] | None, needs_downstream: bool
+        self, model: HookedProxyLM, hook_name: str, downstream_hooks: Sequence[str] | None, needs_downstream: bool | None
     ):
         self._layers_path = find_layers(model.model, hook_name)
         layers = model.model.get_submodule(self._layers_path)
@@ -73,19 +73,19 @@ class SplicedHuggingFace(SplicedModel):
             yield
 
     def _capture_block_input(self) -> Any:
-        return self._swap.capture_input(self.position.start_block, wanted=not self.position.enters_block)
+        return self._swap.capture_input(self.position.start_block, copies=self.copies_activations)
 
     def _prepare(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def _run(self, context: Tensor, start: Tensor | None, recompute: Recompute | None) -> Tensor:
+    def _run(self, context: Tensor, start: BlockInput | None, recompute: Recompute | None) -> Tensor:
         return self._swap.run(context, start, self.position.start_block, recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)
 
-    def linear_head(self) -> LinearHead | None:
-        return self._swap.linear_head()
+    def linear_heads(self) -> Sequence[LinearHead]:
+        return self._swap.linear_heads()
 
     def use_native_kernels(self, wanted: bool) -> bool:
         return self._swap.activations.use(wanted)
