@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import temporary_seed
@@ -19,23 +20,28 @@ from safetensors.torch import load_file
 from transformer_lens.loading_from_pretrained import make_model_alias_map
 from transformer_lens.model_bridge import TransformerBridge
 
+from e2e_sae_plugin.architectures import RUN_TIME_NORMALISATIONS
+from e2e_sae_plugin.checkpoint.finished import fold_activation_scaling, read_scaler
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.model_settings import check_model_settings, loading_settings, unknown_model
 from e2e_sae_plugin.splice import SplicedModel
+from e2e_sae_plugin.splice.given_model import check_context
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
 
 
 def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE[Any]:
-    """The SAE of `cfg.sae`, initialised from `cfg.seed` or with the weights in `cfg.from_pretrained_path`.
+    """Return the SAE of `cfg.sae`, initialized from `cfg.seed` or with the weights in `cfg.from_pretrained_path`.
+
+    Those weights read activations as they are, whatever they were trained at: a checkpoint's scale is folded into them. A
+    run that estimates a scale of its own takes it out of them again (`estimate_activation_scaling`). Otherwise the config
+    that the user wrote wins over the one beside the weights; SAELens takes the latter.
 
     Args:
         device: where it is, and where its weights are drawn; None for `cfg.device`.
 
-    Unlike the host, which takes the config that lies beside the weights (and resets what an inference folder lacks), the
-    config that the user wrote wins.
-
     Raises:
-        ValueError: there are no weights there, or they do not fit `cfg.sae`.
+        ValueError: If there are no weights there, they do not fit `cfg.sae`, or they are of another architecture or
+            normalization.
     """
     with temporary_seed(cfg.seed):
         sae: TrainingSAE[Any] = TrainingSAE.from_dict(
@@ -57,6 +63,7 @@ def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE
         raise ValueError(
             f"{str(weights)!r} (from_pretrained_path) is damaged: {error}. Fetch or save it again."
         ) from error
+    _check_same_kind(cfg, Path(cfg.from_pretrained_path))
     sae.process_state_dict_for_loading(state)
     try:
         sae.load_state_dict(state)
@@ -65,7 +72,28 @@ def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE
             f"The weights in from_pretrained_path={cfg.from_pretrained_path!r} do not fit the "
             f"{sae.cfg.architecture()!r} SAE of the config (d_in={sae.cfg.d_in}, d_sae={sae.cfg.d_sae}): {error}"
         ) from error
+    fold_activation_scaling(sae, read_scaler(Path(cfg.from_pretrained_path)))
+    sae.cfg.normalize_activations = cfg.sae.normalize_activations  # which folding sets to "none"
     return sae
+
+
+def _check_same_kind(cfg: E2ESAERunnerConfig, folder: Path) -> None:
+    """Refuse weights that another architecture or a normalization at run time was trained with."""
+    path = folder / SAE_CFG_FILENAME
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    ours, theirs = cfg.sae.architecture(), saved.get("architecture")
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"from_pretrained_path={str(folder)!r} holds an SAE of architecture {theirs!r}, and the config has {ours!r}. "
+            "Use the same architecture; an exported BatchTopK SAE is a JumpReLU SAE, and its checkpoints are not."
+        )
+    ours, theirs = cfg.sae.normalize_activations, saved.get("normalize_activations", "none")
+    if ours != theirs and {ours, theirs} & RUN_TIME_NORMALISATIONS:
+        raise ValueError(
+            f"from_pretrained_path={str(folder)!r} holds an SAE of normalize_activations={theirs!r}, and the config has "
+            f"{ours!r}. A normalization at run time is part of what the SAE computes: set sae.normalize_activations to "
+            f"{theirs!r}."
+        )
 
 
 def load_model_for(cfg: E2ESAERunnerConfig) -> Any:
@@ -113,9 +141,7 @@ def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAER
             block to work on.
     """
     model.recompute_blocks(cfg.checkpoint_blocks)
-    n_ctx = getattr(getattr(model.model, "cfg", None), "n_ctx", None)
-    if isinstance(n_ctx, int) and cfg.context_size > n_ctx:
-        raise ValueError(f"context_size={cfg.context_size} is longer than the model's context of {n_ctx} tokens.")
+    check_context(model.model, cfg.context_size)
     shape = tuple(model.check(min(8, cfg.context_size)).shape[2:])
     if cfg.objective.kl_top_k is not None:
         check_kl_top_k(model, cfg.objective.kl_top_k)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from e2e_sae_plugin.checkpoint.finished import unfold_activation_scaling
+from e2e_sae_plugin.precision import accumulation_dtype
+
 if TYPE_CHECKING:
     from e2e_sae_plugin.trainer import E2ESAETrainer
 
@@ -41,6 +44,8 @@ def estimate_activation_scaling(trainer: E2ESAETrainer) -> None:
     if trainer.ranks is not None:
         found = trainer.ranks.from_leader((scaler.scaling_factor, scaler.whitening))
         scaler.scaling_factor, scaler.whitening = found
+    if trainer.runner_cfg.from_pretrained_path is not None:  # `build_sae` reads weights for activations as they are
+        unfold_activation_scaling(trainer.sae, scaler)
 
 
 @torch.no_grad()
@@ -50,9 +55,10 @@ def initialise_b_dec(trainer: E2ESAETrainer) -> None:
         return
     sae = trainer.sae
     sae.b_dec.zero_()  # `process_sae_in` subtracts it
-    total, n_tokens = torch.zeros_like(sae.b_dec, dtype=torch.float64), 0
+    wide = accumulation_dtype(sae.b_dec.device)
+    total, n_tokens = torch.zeros_like(sae.b_dec, dtype=wide), 0
     for raw in itertools.islice(_raw_activations(trainer), trainer.cfg.n_batches_for_norm_estimate):
         activations = sae.process_sae_in(trainer.activation_scaler(raw))
-        total += activations.sum(0, dtype=torch.float64)
+        total += activations.sum(0, dtype=wide)
         n_tokens += len(activations)
     sae.b_dec.copy_(total / max(n_tokens, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -56,6 +57,15 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     shift = FP16_SHIFT if b.dtype == torch.float16 and a.dtype != b.dtype else 1.0
     product = torch.mm((a * shift).to(b.dtype), b, out_dtype=torch.float32, out=out)
     return product if shift == 1 else product.mul_(1 / shift)
+
+
+def gradient_scale(dtype: torch.dtype, n_tokens: int) -> float:
+    """Return what a mean over `n_tokens` is multiplied by while its gradient goes through a model in `dtype`.
+
+    In fp16, the gradient of a mean over thousands of tokens is rounded to 0; that of their sum is not. A power of two,
+    so that dividing by it afterwards rounds nothing; 1 for dtypes with the range of fp32.
+    """
+    return 2.0 ** math.ceil(math.log2(max(n_tokens, 1))) if dtype == torch.float16 else 1.0
 
 
 def ready_for_products(tile: Tensor) -> Tensor:

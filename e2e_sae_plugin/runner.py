@@ -50,6 +50,7 @@ from e2e_sae_plugin.shard import Shard
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 from e2e_sae_plugin.summary import announce, summarise
 from e2e_sae_plugin.token_stream import TokenStream, check_evaluation_tokens
+from e2e_sae_plugin.torch_state import own_torch_state
 from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
 
     cfg: E2ESAERunnerConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @own_torch_state()
     def __init__(
         self,
         cfg: E2ESAERunnerConfig,
@@ -178,6 +180,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         """Whether this process writes, prints and logs: the only one, or rank 0."""
         return self.ranks is None or self.ranks.leads
 
+    @own_torch_state()
     def run(self) -> SAE[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train, save, share if that is asked, and return the SAE; of a run that `"auto"` finds finished, the SAE that it
         has saved. Every rank returns the SAE; with `shard_dictionary` rank 0 does, on its CPU, and the others their shard
@@ -332,7 +335,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         scaler = trainer.activation_scaler
 
         def reconstruct(sae_in: Tensor) -> tuple[Tensor, Tensor]:
-            scaled = scaler(sae_in.to(self.sae.device, torch.get_default_dtype()))
+            scaled = scaler(sae_in.to(self.sae.device, torch.float32))
             if trainer.shard is not None:
                 feature_acts, sae_out = sharded_sae.reconstruct(
                     self.sae, scaled, ShardedTokens(trainer.shard.ranks, None)

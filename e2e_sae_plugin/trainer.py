@@ -36,6 +36,7 @@ from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.ranked_step import with_all_tokens
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.step import SplicedStepTrainer
+from e2e_sae_plugin.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         self._large: trainer_state.LargeState | None = None  # while a checkpoint is being written
         self._unfolded: tuple[dict[str, Tensor], ActivationScaler, Any] | None = None
 
+    @own_torch_state()
     def fit(self) -> TrainingSAE[Any]:
         """SAELens's `fit`, with metrics and evaluation that do not depend on Weights & Biases.
 
@@ -150,6 +152,7 @@ class E2ESAETrainer(SplicedStepTrainer):
 
     def end(self) -> TrainingSAE[Any]:
         """What comes after the last step: the last evaluation, the best weights, the SAE in its finished form."""
+        self.first_steps.check(self.trained_parameters())
         self._log(self.full_sparsity_window_log())
         held_out = self.evaluate()
         if self.early_stop.patience is not None:

@@ -15,6 +15,7 @@ from e2e_sae_plugin.build import load_language_model, quiet_override_warning
 from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_model
 from e2e_sae_plugin.demo.data import demo_tokens
 from e2e_sae_plugin.finetune.recipe import DTYPES
+from e2e_sae_plugin.splice.given_model import check_context
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +95,7 @@ def evaluation_tokens(
     context = (metadata.context_size or DEFAULT_CONTEXT) if context_size is None else context_size
     if context < 2:
         raise ValueError(f"context_size (--context-size) must be at least 2, got {context}.")
-    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
-    if isinstance(longest, int) and context > longest:
-        raise ValueError(
-            f"context_size={context} is longer than the model's context of {longest} tokens. Give a smaller one "
-            "(--context-size)."
-        )
+    check_context(model, context)
     n_prompts = max(1, n_tokens // context)
     if not dataset:
         raise ValueError("The SAE's metadata name no dataset. Give dataset (--dataset).")

@@ -15,6 +15,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from safetensors import SafetensorError
 
+from e2e_sae_plugin.checkpoint.finished import exported, is_checkpoint, sae_of_checkpoint
 from e2e_sae_plugin.hub.load import load_pretrained
 
 ESTIMATED_NORMALISATIONS = ("expected_average_only_in", "covariance_whitening")
@@ -46,6 +47,8 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
         if not (Path(source) / "cfg.json").is_file():
             raise ValueError(f"The folder {str(source)!r} holds no SAE: it has no cfg.json.")
         try:
+            if is_checkpoint(Path(source)):
+                return exported(sae_of_checkpoint(Path(source), device))
             return SAE.load_from_disk(str(source), device=device)
         except SafetensorError as error:
             raise ValueError(f"The SAE in {str(source)!r} is damaged: {error}. Fetch or save it again.") from error

@@ -22,6 +22,7 @@ from e2e_sae_plugin.output_folder import output_is_finished
 from e2e_sae_plugin.splice import splice_into
 from e2e_sae_plugin.splice.joint import in_execution_order
 from e2e_sae_plugin.sweep.runner import SweepRunner
+from e2e_sae_plugin.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,11 @@ class MultiE2ESAETrainingRunner:
             `output_path`.
     """
 
+    @own_torch_state()
     def __init__(self, cfg: MultiE2ESAERunnerConfig, override_model: Any = None, override_dataset: Any = None):
         self.cfg, self._model, self._dataset = cfg, override_model, override_dataset
 
+    @own_torch_state()
     def run(self) -> SAESet:
         """Train what is not finished; the set of all SAEs, in the model's order, on the CPU.
 

@@ -171,9 +171,7 @@ def _chunk_of_linear(
     return total, gradient
 
 
-def _tile(
-    clean: Tensor, spliced: Tensor, head: LinearHead, buffers: _Buffers, rows: slice
-) -> tuple[Tensor, ...]:
+def _tile(clean: Tensor, spliced: Tensor, head: LinearHead, buffers: _Buffers, rows: slice) -> tuple[Tensor, ...]:
     """Maxima of both sides' logits a and b, sums of their exponentials, and `sum exp(a) (a - b)`, each `[tokens]`.
 
     Leaves the exponentials in the buffers.

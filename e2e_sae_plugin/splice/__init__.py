@@ -10,10 +10,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from e2e_sae_plugin.splice.base import CleanPass as CleanPass
 from e2e_sae_plugin.splice.base import SplicedModel as SplicedModel
 from e2e_sae_plugin.splice.base import SplicedPass as SplicedPass
+from e2e_sae_plugin.splice.given_model import uncompiled, warn_of_leftovers
 from e2e_sae_plugin.splice.hugging_face import SplicedHuggingFace
 from e2e_sae_plugin.splice.transformer_lens import SplicedBridge, SplicedHookedTransformer
+from e2e_sae_plugin.torch_state import own_torch_state
 
 
+@own_torch_state()
 def splice_into(
     model: Any,
     hook_name: str,
@@ -33,6 +36,7 @@ def splice_into(
     Raises:
         ValueError: another class of model, or a hook that the model does not have or that cannot be spliced.
     """
+    model = uncompiled(model)
     families: tuple[tuple[type, Any], ...] = (
         (HookedTransformer, SplicedHookedTransformer),
         (TransformerBridge, SplicedBridge),
@@ -40,6 +44,7 @@ def splice_into(
     )
     for model_class, spliced_class in families:
         if isinstance(model, model_class):
+            warn_of_leftovers(model)
             return spliced_class(model, hook_name, downstream_hooks, needs_downstream)  # pyright: ignore
     raise ValueError(
         f"Cannot splice an SAE into a {type(model).__name__}. Expected a HookedTransformer or TransformerBridge "

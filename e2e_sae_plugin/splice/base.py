@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_map
 from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.kernels.head import LinearHead, Unembed
 from e2e_sae_plugin.splice.check import ModelOutput, SpliceError, check_splice, not_called, not_downstream
+from e2e_sae_plugin.splice.given_model import check_context
 from e2e_sae_plugin.splice.positions import HookPosition, near_matches
 from e2e_sae_plugin.splice.quantised import keep_differentiable
 from e2e_sae_plugin.splice.recompute import AllCaught, Recompute
+from e2e_sae_plugin.torch_state import own_torch_state
 
 CleanPassSource = Callable[["SplicedModel", Tensor], "CleanPass | None"]
 """Clean pass over these tokens for this place, where it has been computed together with others; else None."""
@@ -275,6 +277,7 @@ class SplicedModel(ABC):
         except AllCaught:
             return None
 
+    @own_torch_state()
     def check(self, context_size: int = 8) -> Tensor:
         """Run both passes on a few tokens and refuse what cannot be trained; returns the activation at the hook.
 
@@ -300,6 +303,7 @@ def clean_passes(
     Args:
         models: splices of one and the same model.
     """
+    check_context(models[0].model, tokens.shape[1])
     caught = _Caught(any(model.copies_activations for model in models))
     # Dictionaries keep their order from process to process; sets do not.
     later = dict.fromkeys(hook for model in models if downstream for hook in model.downstream_hooks)
