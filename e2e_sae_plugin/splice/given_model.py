@@ -1,4 +1,4 @@
-"""A model object as its user hands it over: wrapped by torch.compile, with hooks or SAEs left on it, and its longest context."""
+"""A model object as its user hands it over: compiled, with hooks or SAEs left on it, and its longest context."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def warn_of_leftovers(model: Any) -> None:
     if left:
         _WARNED_OF.add(model)
         logger.warning(
-            "The model is not clean: it has %s. They stay on in every pass, so what counts as the clean model's output is not "
-            "the model's own.",
+            "The model is not clean: it has %s. They stay on in every pass, so the clean output is not "
+            "that of the model itself.",
             "; ".join(left),
         )
 
