@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from sae_lens.util import temporary_seed
+from sae_lens.util import str_to_dtype, temporary_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformer_lens.loading_from_pretrained import make_model_alias_map
@@ -23,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from e2e_sae_plugin.architectures import RUN_TIME_NORMALISATIONS
 from e2e_sae_plugin.checkpoint.finished import fold_activation_scaling, read_scaler
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_model
 from e2e_sae_plugin.model_settings import check_model_settings, loading_settings, unknown_model
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.given_model import check_context
@@ -114,9 +116,16 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
         ValueError: settings that cannot work, see `check_model_settings`; a name that TransformerLens does not know.
     """
     check_model_settings(model_class_name, settings)
+    if model_name == BUNDLED:
+        return bundled_model(model_class_name, settings, device)
     if model_class_name == "HookedTransformer" and model_name.lower() not in make_model_alias_map():
         raise ValueError(unknown_model(model_name))  # TransformerLens's own lists every model there is
-    settings = loading_settings(model_class_name, settings, device)
+    model = _load(model_class_name, model_name, device, loading_settings(model_class_name, settings, device))
+    _check_dtype(model, settings)
+    return model
+
+
+def _load(model_class_name: str, model_name: str, device: str, settings: dict[str, Any]) -> Any:
     if model_class_name != "TransformerBridge":
         return load_model(
             model_class_name,
@@ -126,10 +135,26 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
             hook_names=[],
         )
     processed = settings.pop("center_writing_weights", False)
+    if "dtype" in settings:  # a bridge takes torch's own alone, and a file has names
+        settings["dtype"] = str_to_dtype(settings["dtype"])
     bridge = TransformerBridge.boot_transformers(model_name, device=device, **settings)
     if processed:
         bridge.enable_compatibility_mode()
     return bridge
+
+
+def _check_dtype(model: torch.nn.Module, settings: Mapping[str, Any]) -> None:
+    """Refuse a model that its loader has not loaded in the dtype that was asked for."""
+    wanted = settings.get("dtype", settings.get("torch_dtype"))
+    if wanted in (None, "auto") or settings.get("quantization_config") is not None:
+        return
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if found and str_to_dtype(wanted) not in found:
+        raise ValueError(
+            f"model_from_pretrained_kwargs: dtype={wanted!r} was asked for, but the model was loaded in "
+            f"{', '.join(map(str, sorted(found, key=str)))}. Leave dtype out, or convert the model and pass it as "
+            "override_model."
+        )
 
 
 def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAERunnerConfig) -> None:

@@ -28,7 +28,7 @@ from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerpri
 from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
-from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
+from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_dataset
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
@@ -129,7 +129,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         check_device(cfg)
         by_name = tuple(n for n, given in (("model", override_model), ("dataset", override_dataset)) if given is None)
         if override_model is None:
-            override_model = bundled_model(cfg.model_name, cfg.llm_device or str(cfg.device))
+            override_model = load_model_for(cfg) if cfg.model_name == BUNDLED else None
         if override_dataset is None:
             override_dataset = bundled_dataset(cfg.dataset_path, cfg.context_size)
         self.identity = run_identity(override_model, override_sae)

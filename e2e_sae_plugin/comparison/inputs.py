@@ -12,7 +12,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from e2e_sae_plugin.build import load_language_model, quiet_override_warning
-from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_model
+from e2e_sae_plugin.demo.bundled import BUNDLED
 from e2e_sae_plugin.demo.data import demo_tokens
 from e2e_sae_plugin.finetune.recipe import DTYPES
 from e2e_sae_plugin.splice.given_model import check_context
@@ -41,13 +41,6 @@ def load_model_of(
         raise ValueError("The SAE's metadata name no model. Give model_name (--model).")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"The model's dtype (--model-dtype) must be one of {list(DTYPES)}, got {dtype!r}.")
-    if (bundled := bundled_model(name, device)) is not None:
-        if dtype is not None or model_class_name is not None:
-            raise ValueError(
-                "--model-dtype and --model-class have no effect on the bundled model, a HookedTransformer in float32. Leave "
-                "them out."
-            )
-        return bundled
     model_class = model_class_name or metadata.model_class_name or "HookedTransformer"
     kwargs = metadata.model_from_pretrained_kwargs
     if kwargs is None:  # SAELens's own default

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from e2e_sae_plugin.build import load_model_for
 from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import run_identity
-from e2e_sae_plugin.demo.bundled import bundled_model
 from e2e_sae_plugin.joint.config import MultiE2ESAERunnerConfig
 from e2e_sae_plugin.joint.joint_run import JointRun, load_frozen
 from e2e_sae_plugin.joint.sae_set import MANIFEST_FILENAME, SAESet, load_sae_set, write_manifest
@@ -96,9 +95,7 @@ class MultiE2ESAETrainingRunner:
         """The SAEs to train, as the model reaches them."""
         if self._model is None:
             first = next(iter(self.cfg.members().values())).config
-            self._model = bundled_model(first.model_name, first.llm_device or str(first.device)) or load_model_for(
-                first
-            )
+            self._model = load_model_for(first)
         hooks = self.cfg.hook_names
         splices = {name: splice_into(self._model, hook, needs_downstream=False) for name, hook in hooks.items()}
         return in_execution_order(splices)
