@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from e2e_sae_plugin.trainer import E2ESAETrainer
 
 
+MEAN_TOKENS = 32_768
+"""Tokens for the mean activation: it is then within 0.6 % of the activations' standard deviation."""
+
+
 def _raw_activations(trainer: E2ESAETrainer) -> Iterator[Tensor]:
     """`[tokens, d_in]` of one batch after the other. Ranks each run a part of it through the model, and get all of it."""
     ranks = trainer.ranks
@@ -50,15 +54,24 @@ def estimate_activation_scaling(trainer: E2ESAETrainer) -> None:
 
 @torch.no_grad()
 def initialise_b_dec(trainer: E2ESAETrainer) -> None:
-    """`b_dec_init_method="mean"`: the mean activation in the space in which the SAE adds `b_dec`."""
-    if trainer.runner_cfg.b_dec_init_method == "zeros" or trainer.n_training_samples > 0:
+    """Start `b_dec` at the mean activation, in the space in which the SAE adds it, where the config says so."""
+    if trainer.n_training_samples > 0 or not _starts_at_mean(trainer):
         return
     sae = trainer.sae
     sae.b_dec.zero_()  # `process_sae_in` subtracts it
     wide = accumulation_dtype(sae.b_dec.device)
     total, n_tokens = torch.zeros_like(sae.b_dec, dtype=wide), 0
-    for raw in itertools.islice(_raw_activations(trainer), trainer.cfg.n_batches_for_norm_estimate):
+    n_batches = max(
+        1, min(trainer.cfg.n_batches_for_norm_estimate, MEAN_TOKENS // trainer.cfg.train_batch_size_samples)
+    )
+    for raw in itertools.islice(_raw_activations(trainer), n_batches):
         activations = sae.process_sae_in(trainer.activation_scaler(raw))
         total += activations.sum(0, dtype=wide)
         n_tokens += len(activations)
     sae.b_dec.copy_(total / max(n_tokens, 1))
+
+
+def _starts_at_mean(trainer: E2ESAETrainer) -> bool:
+    method = trainer.runner_cfg.b_dec_init_method
+    is_new = trainer.runner_cfg.from_pretrained_path is None and trainer.identity.get("override_sae") is None
+    return method == "mean" or (method == "auto" and is_new)

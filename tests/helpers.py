@@ -214,6 +214,7 @@ def runner_config(architecture: str = "standard", sae: dict[str, Any] | None = N
         "n_eval_batches": 0,
         "n_batches_for_norm_estimate": 2,
         "logger": LoggingConfig(log_to_wandb=False, wandb_log_frequency=1, eval_every_n_wandb_logs=5),
+        "b_dec_init_method": "zeros",  # as in SAELens, which many tests compare with
         "checkpoint_path": None,
         "output_path": None,
         "verbose": False,
