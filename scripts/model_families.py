@@ -133,8 +133,9 @@ def classes_list(swept: Iterable[Swept]) -> str:
     for each in swept:
         message = each.result.replace(each.class_name, "the class")
         by_result.setdefault(_same_everywhere(message), []).append(f"`{each.class_name}`")
-    ordered = sorted(by_result.items(), key=lambda item: (item[0] != WORKS, item[0]))
-    return "\n\n".join(f"**{result}** ({len(names)}): {', '.join(names)}" for result, names in ordered)
+    works = by_result.pop(WORKS, [])
+    others = [f"* {', '.join(names)}: {result}" for result, names in sorted(by_result.items())]
+    return "\n".join([f"**{len(works)} work:** {', '.join(works)}", "", *others])
 
 
 def with_block(page: str, name: str, text: str) -> str:
@@ -200,8 +201,8 @@ def _conclude(committed: str, page: str, failures: list[str], *, check: bool) ->
     # The versions stand above the table for its readers; another version may give the same table.
     old, new = [[line for line in text.splitlines() if not line.startswith(PACKAGES[0])] for text in (committed, page)]
     changed = list(difflib.unified_diff(old, new, "committed", "found now", n=0, lineterm=""))
-    print(*changed, sep="\n", file=sys.stderr)
     if changed:
+        print(*changed, sep="\n", file=sys.stderr)
         print(f"{PAGE.relative_to(ROOT)} is not what was found. `make families WRITE=1` renews it.", file=sys.stderr)
     return 1 if changed or failures else 0
 

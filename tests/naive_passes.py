@@ -49,10 +49,11 @@ def naive_run(model: Any, tokens: Tensor, replaced: dict[str, Tensor], caught_na
 
         def on_output(name: str) -> Callable[..., Any]:
             def hook(_: nn.Module, args: Any, output: Any) -> Any:
-                value: Any = output[0] if isinstance(output, tuple) else output
+                is_sequence = isinstance(output, (tuple, list))
+                value: Any = output[0] if is_sequence else output
                 value = replaced[name].clone() if name in replaced else value
                 caught[name] = value.clone()
-                return (value, *output[1:]) if isinstance(output, tuple) else value
+                return type(output)((value, *output[1:])) if is_sequence else value
 
             return hook
 

@@ -75,9 +75,12 @@ def compare_with_naive_passes(model: Any, spliced_model: SplicedModel, start_blo
     with counted_blocks(model, hook_name) as counts:
         clean = spliced_model.clean_pass(tokens)
     _expect(counts == own, f"the clean pass calls the blocks {dict(counts)} times, the model itself {dict(own)}")
+    shape = clean.activation.shape
+    _expect(shape[:2] == tokens.shape, f"activation {tuple(shape)} is not [batch, pos, ...] of {tuple(tokens.shape)}")
     _same("clean activation", clean.activation, caught[hook_name], ROUNDING)
     with torch.no_grad():
         _same("clean logits", spliced_logits(spliced_model, clean.hidden), logits, ROUNDING)
+    spliced_model.clean_pass(tokens[:1].flip(1))  # what this one leaves in the model is not to reach the other
     later = Counter({block: n for block, n in own.items() if block >= start_block})
     with counted_blocks(model, hook_name) as counts, torch.no_grad():
         spliced = spliced_model.spliced_pass(clean, clean.activation.clone())

@@ -26,7 +26,7 @@ def cells(name: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT-2", "Gemma 2", "OPT"])
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-Neo", "Gemma 2"])
 def test_families_that_all_three_classes_load(name: str):
     assert cells(name) == dict.fromkeys(MODEL_CLASSES, dict.fromkeys(PLACES, "works"))
 
@@ -39,6 +39,12 @@ def test_families_with_operations_in_place_and_with_keys_shared_between_layers(n
     assert set(found["HookedTransformer"].values()) == {
         "-: TransformerLens does not load it (NotImplementedError: its class is not currently supported.)"
     }
+
+
+@pytest.mark.slow
+def test_a_decoder_that_lies_one_module_deeper():
+    works = dict.fromkeys(MODEL_CLASSES, "works")
+    assert {model_class: row["resid"] for model_class, row in cells("OPT").items()} == works
 
 
 @pytest.mark.slow
@@ -108,7 +114,8 @@ def test_only_the_packages_own_errors_are_refusals(gpt2: tuple[Any, str]):
 
     model.model.transformer.register_forward_pre_hook(fail)
     result = outcome(model, hook_name, BLOCK)
-    assert result.startswith(("FAILS: ValueError: not of the package", "refused: GPT2LMHeadModel"))
+    assert "not of the package" in result
+    assert not result.startswith("refused: not of the package")
 
 
 # The tool.
@@ -142,7 +149,7 @@ def test_cells_of_one_result_are_joined_and_messages_are_numbered():
 
 def test_classes_are_listed_by_result_with_what_differs_between_machines_left_out():
     swept = [Swept("B", "refused: B is off by 0.12"), Swept("A", "works"), Swept("C", "refused: C is off by 1.5e-3")]
-    assert tool.classes_list(swept) == "**works** (1): `A`\n\n**refused: the class is off by …** (2): `B`, `C`"
+    assert tool.classes_list(swept) == "**1 work:** `A`\n\n* `B`, `C`: refused: the class is off by …"
 
 
 @pytest.mark.parametrize(
@@ -156,5 +163,5 @@ def test_the_decoders_layers_are_found(model_type: str, path: str):
 
 
 def test_a_model_that_stays_large_is_not_built():
-    with pytest.raises(ValueError, match=r"^[\d,]{10,} parameters$"):
+    with pytest.raises(ValueError, match=r"^It still has [\d,]{10,} parameters\.$"):
         tiny_model(tiny_config(CONFIG_MAPPING["llama"], intermediate_size=100_000))

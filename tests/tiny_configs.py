@@ -29,14 +29,15 @@ SIZES: dict[str, Any] = {
     **_each(128, "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim dff"),
     **_each(48, "moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp expert_ffn_hidden_size"),
     **_each(3, "num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts"),
+    **_each(4, "index_topk"),
     **_each(2, "num_experts_per_tok num_experts_per_token top_k_experts moe_topk moe_k top_k"),
     **_each(1, "n_group num_expert_group topk_group moe_layer_start_index first_k_dense_replace num_dense_layers"),
     **_each(VOCABULARY, "vocab_size vocab_size_per_layer_input max_position_embeddings n_positions max_seq_len n_ctx"),
     **_each(4, "sliding_window sliding_window_size attention_window_size window_size attention_chunk_size"),
     **_each(8, "hidden_size_per_layer_input state_size mamba_d_state ssm_state_size mamba_d_head mamba_head_dim"),
     **_each(8, "mamba_n_heads n_mamba_heads mamba_num_heads linear_num_value_heads"),
-    **_each(8, "linear_key_head_dim linear_value_head_dim"),
-    **_each(4, "linear_num_key_heads chunk_size mamba_chunk_size"),
+    **_each(8, "linear_key_head_dim linear_value_head_dim linear_head_dim"),
+    **_each(4, "linear_num_key_heads linear_num_heads chunk_size mamba_chunk_size"),
     **_each(1, "bos_token_id"),
     **_each(2, "eos_token_id"),
     **_each(3, "pad_token_id"),
@@ -48,6 +49,7 @@ _TYPES = {
     "linear": ["linear_attention", "full_attention"] * 2,
     "conv": ["conv", "full_attention"] * 2,
     "hybrid": ["linear_attention", "hybrid"] * 2,
+    "indexer": ["full", "full", "shared", "shared"],
 }
 # What a class needs so that its own checks pass, or so that each kind of layer lies before the SAE and after it.
 BY_TYPE: dict[str, dict[str, Any]] = {
@@ -57,8 +59,11 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"layer_types": _TYPES["sliding"], "num_kv_shared_layers": 2},
     "gemma4_text": {"layer_types": _TYPES["sliding"], "num_kv_shared_layers": 2},
+    "gemma4_unified_text": {"layer_types": _TYPES["sliding"], "num_kv_shared_layers": 2},
+    "glm_moe_dsa": {"indexer_types": _TYPES["indexer"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _TYPES["linear"]},
+    "hy_v4": {"indexer_types": _TYPES["indexer"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _TYPES["linear"]},
     "lfm2_moe": {"layer_types": _TYPES["conv"]},
@@ -77,6 +82,7 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         **_each(4, "local_attn_chunk_length lsh_attn_chunk_length"),
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "rwkv": {"rescale_every": N_LAYERS // 2},
     "xlm": {"emb_dim": 32, "causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
@@ -108,7 +114,7 @@ def tiny_model(config: Any, model_class: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
         n_parameters = sum(parameter.numel() for parameter in _build(config, model_class).parameters())
     if n_parameters > MAX_PARAMETERS:
-        raise ValueError(f"{n_parameters:,} parameters")
+        raise ValueError(f"It still has {n_parameters:,} parameters.")
     torch.manual_seed(0)
     return randomise(_build(config, model_class)).eval()
 
