@@ -41,6 +41,8 @@ class BlockInput:
     """The residual stream, `[batch, pos, d_model]` in most models."""
     shared: SharedStates = field(default_factory=dict)
     """What earlier blocks have left for later ones."""
+    handed_on: tuple[Any, ...] = ()
+    """What the block before it has returned besides the residual stream, such as a router's state."""
 
     def __post_init__(self) -> None:
         self._version = self.hidden._version
@@ -60,6 +62,8 @@ class CleanPass:
     """Residual stream entering the block that the spliced pass starts at, `[batch, pos, d_model]`."""
     shared: SharedStates = field(default_factory=dict)
     """What the blocks before that one have left for later ones."""
+    handed_on: tuple[Any, ...] = ()
+    """What the block before that one has returned besides the residual stream."""
     downstream: dict[str, Tensor] = field(default_factory=dict)
     """`a^(k)` by downstream hook name."""
     hidden: Tensor | None = None
@@ -69,8 +73,10 @@ class CleanPass:
 
     def of_sequences(self, rows: Sequence[int], context: Any) -> CleanPass:
         """Return what starts a spliced pass for some of the sequences, each as often as it is named in `rows`."""
-        shared = tree_map(lambda value: value[rows] if isinstance(value, Tensor) else value, self.shared)
-        return CleanPass(self.activation[rows], self.block_input[rows], shared, context=context)
+        shared, handed_on = tree_map(
+            lambda value: value[rows] if isinstance(value, Tensor) else value, (self.shared, self.handed_on)
+        )
+        return CleanPass(self.activation[rows], self.block_input[rows], shared, handed_on, context=context)
 
 
 @dataclass
@@ -263,7 +269,9 @@ class SplicedModel(ABC):
         if self.recomputes_blocks and torch.is_grad_enabled():
             recompute = Recompute(lambda: self._hooked(functions_again))
         with self._hooked(functions):
-            final = self._run_until_caught(clean.context, BlockInput(entering, clean.shared), recompute)
+            final = self._run_until_caught(
+                clean.context, BlockInput(entering, clean.shared, clean.handed_on), recompute
+            )
         if caught.changed_in_place():
             self.copies_activations = True
             return self.spliced_pass(clean, activation, hidden=hidden, later=later)
@@ -338,9 +346,9 @@ def _clean_pass_of(
     if hook_name not in caught.activations:
         raise SpliceError(not_called(hook_name))
     activation = caught.activations[hook_name]
-    shared = inputs[0].shared if inputs else {}
     start = activation if model.position.enters_block else inputs[0].hidden
-    return CleanPass(activation, start, shared, caught_later, final, context)
+    shared, handed_on = (inputs[0].shared, inputs[0].handed_on) if inputs else ({}, ())
+    return CleanPass(activation, start, shared, handed_on, caught_later, final, context)
 
 
 class _Caught:

@@ -85,7 +85,7 @@ class SplicedHuggingFace(SplicedModel):
         return tokens
 
     def _run(self, context: Tensor, start: BlockInput | None, recompute: Recompute | None) -> Tensor:
-        return self._swap.run(context, start, self.position.start_block, recompute)
+        return self._swap.run(context, start, self.position, recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)
@@ -106,9 +106,9 @@ class SplicedHuggingFace(SplicedModel):
 
 def _on_output(function: HookFunction) -> Callable[[nn.Module, Any, Any], Any]:
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
-        if not isinstance(output, tuple):
+        if not isinstance(output, tuple | list):
             return function(output)
         value = function(output[0])
-        return None if value is None else (value, *output[1:])
+        return None if value is None else type(output)((value, *output[1:]))
 
     return on_output

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from e2e_sae_plugin.kernels.head import LinearHead
-from e2e_sae_plugin.splice.base import BlockInput
+from e2e_sae_plugin.splice.base import BlockInput, SharedStates
 from e2e_sae_plugin.splice.native_activations import NativeActivations
+from e2e_sae_plugin.splice.positions import HookPosition
 from e2e_sae_plugin.splice.recompute import Recompute, RecomputedBlock
 
 # Names that models' configs have for them. Some models multiply by the scale and others divide; the check of the head
@@ -28,17 +29,29 @@ SOFT_CAPS = ("final_logit_softcapping", "output_logits_soft_cap", "logits_soft_c
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
+Form = tuple[type, int]
+"""Class and length of the sequence that a layer returns."""
+
+
 class _HeadReached(Exception):
     """Raised where the model calls its head, to end the pass."""
 
 
 class _HandOn(nn.Module):
-    """Stands in for a decoder layer: returns its input (or `value`) in the form in which the layer returned its output."""
+    """Stands in for a decoder layer: returns its input in the form in which the layer returned its output.
 
-    def __init__(self, layer: nn.Module, tuple_length: int | None, value: Tensor | None):
+    Args:
+        form: sequence class and length of what the layer returns; None for a bare tensor.
+        value: returned instead of the input.
+        handed_on: what else the layer has returned, if that is known.
+    """
+
+    def __init__(
+        self, layer: nn.Module, form: Form | None, value: Tensor | None = None, handed_on: tuple[Any, ...] = ()
+    ):
         super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: only its attributes are wanted (attention_type, ...)
-        self.__dict__.update(tuple_length=tuple_length, value=value)
+        # Not a submodule: only its attributes are wanted (attention_type, ...).
+        self.__dict__.update(layer=layer, form=form, value=value, handed_on=handed_on)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
@@ -47,8 +60,11 @@ class _HandOn(nn.Module):
         hidden = self.__dict__["value"]
         if hidden is None:
             hidden = args[0] if args else kwargs["hidden_states"]
-        length = self.__dict__["tuple_length"]
-        return hidden if length is None else (hidden, *[None] * (length - 1))
+        form, handed_on = self.__dict__["form"], self.__dict__["handed_on"]
+        if form is None:
+            return hidden
+        sequence, length = form
+        return sequence((hidden, *(handed_on or [None] * (length - 1))))
 
 
 class LayerSwap:
@@ -71,16 +87,16 @@ class LayerSwap:
                 "Load it with AutoModelForCausalLM."
             )
         self.activations = NativeActivations(model)
-        self.tuple_length: int | None = None  # of what a layer returns; None for a bare tensor
+        self.form: Form | None = None  # of what a layer returns
 
     @property
     def token_device(self) -> torch.device:
         return device_of(self.model.get_input_embeddings())  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def run(
-        self, tokens: Tensor, start: BlockInput | None, start_block: int, recompute: Recompute | None = None
+        self, tokens: Tensor, start: BlockInput | None, position: HookPosition, recompute: Recompute | None = None
     ) -> Tensor:
-        """Return the final hidden state `[batch, pos, d_model]`, from the embeddings or with `start` entering `start_block`.
+        """Return the final hidden state `[batch, pos, d_model]`, from the embeddings or with `start` at `position`.
 
         Args:
             recompute: calls the layers of a run from `start`.
@@ -93,7 +109,7 @@ class LayerSwap:
             stack.enter_context(self.activations.swapped_in())
             stack.enter_context(_before(self.head, lambda hidden: _end_pass(reached, hidden)))
             if start is not None:
-                stack.enter_context(self._started_at(start_block, start, recompute))
+                stack.enter_context(self._started_at(position, start, recompute))
             try:
                 self.model(input_ids=tokens, use_cache=False)
             except _HeadReached:
@@ -101,22 +117,25 @@ class LayerSwap:
         raise ValueError(f"{type(self.model).__name__} gives logits without calling its output embedding.")
 
     @contextmanager
-    def _started_at(self, start_block: int, start: BlockInput, recompute: Recompute | None) -> Iterator[None]:
-        originals = list(self.layers)
+    def _started_at(self, position: HookPosition, start: BlockInput, recompute: Recompute | None) -> Iterator[None]:
+        originals, start_block = list(self.layers), position.start_block
         handle = None
         try:
-            for i in range(start_block):
-                # Past the last layer there is no input to replace, so the last stand-in returns the value.
-                value = start.hidden if i == start_block - 1 == len(originals) - 1 else None
-                self.layers[i] = _HandOn(originals[i], self.tuple_length, value)
+            for i in range(start_block - 1):
+                self.layers[i] = _HandOn(originals[i], self.form)
+            if start_block > 0:
+                # A model may change what a layer returns before the next one gets it (RWKV halves it now and then).
+                value = start.hidden if position.leaves_block else None
+                self.layers[start_block - 1] = _HandOn(originals[start_block - 1], self.form, value, start.handed_on)
             if recompute is not None:
                 recompute = recompute.within(self.activations.swapped_in)
                 for i in range(start_block, len(originals)):
                     self.layers[i] = RecomputedBlock(originals[i], recompute)
             if start_block < len(originals):
                 # Where a stand-in recomputes the layer, its input has been replaced by then.
+                hidden = None if position.leaves_block else start.hidden
                 handle = self.layers[start_block].register_forward_pre_hook(
-                    lambda _, args, kwargs: _enter(args, kwargs, start), with_kwargs=True
+                    lambda _, args, kwargs: _enter(args, kwargs, hidden, start.shared), with_kwargs=True
                 )
             yield
         finally:
@@ -134,14 +153,21 @@ class LayerSwap:
         """
         entering: list[BlockInput] = []
 
+        handed_on: list[Any] = []
+
         def note_input(_: nn.Module, args: Any, kwargs: Any) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            entering.append(BlockInput(hidden.clone() if copies else hidden, _shared_by(kwargs)))
+            entering.append(BlockInput(hidden.clone() if copies else hidden, _shared_by(kwargs), tuple(handed_on)))
 
         def note_form(_: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-            self.tuple_length = len(output) if isinstance(output, tuple) else None
+            self.form = (type(output), len(output)) if isinstance(output, tuple | list) else None
+
+        def note_rest(_: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+            handed_on.extend(output[1:] if isinstance(output, tuple | list) else ())
 
         handles = [self.layers[0].register_forward_hook(note_form)]
+        if block > 0:
+            handles.append(self.layers[block - 1].register_forward_hook(note_rest))
         if block < len(self.layers):
             handles.append(self.layers[block].register_forward_pre_hook(note_input, with_kwargs=True))
         try:
@@ -157,7 +183,7 @@ class LayerSwap:
         originals = list(self.layers)
         try:
             for i, layer in enumerate(originals):
-                self.layers[i] = _HandOn(layer, self.tuple_length, None)
+                self.layers[i] = _HandOn(layer, self.form)
             with _before(self.head, lambda _: hidden[:, None]):
                 return self.model(input_ids=tokens, use_cache=False).logits[:, 0]
         finally:
@@ -211,16 +237,20 @@ def _end_pass(reached: list[Tensor], hidden: Tensor) -> None:
     raise _HeadReached
 
 
-def _shared_by(kwargs: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+def _shared_by(kwargs: Mapping[str, Any]) -> SharedStates:
     return {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
 
 
-def _enter(args: tuple[Any, ...], kwargs: dict[str, Any], start: BlockInput) -> tuple[Any, Any]:
-    for name, values in start.shared.items():
+def _enter(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None, shared: SharedStates
+) -> tuple[Any, Any]:
+    for name, values in shared.items():
         kwargs[name].update(values)  # the model's own, which later layers get too
+    if hidden is None:
+        return args, kwargs
     if args:
-        return (start.hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": start.hidden}
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def device_of(module: nn.Module) -> torch.device:

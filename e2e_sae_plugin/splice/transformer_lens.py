@@ -16,6 +16,7 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from e2e_sae_plugin.kernels.head import LinearHead
 from e2e_sae_plugin.splice.base import BlockInput, HookFunction, SplicedModel
+from e2e_sae_plugin.splice.check import SpliceError
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.native_blocks import NativeBlocks
 from e2e_sae_plugin.splice.positions import HookPosition, transformer_lens_position
@@ -139,8 +140,17 @@ class SplicedBridge(SplicedModel):
         for parameter in self.model.original_model.parameters():
             parameter.requires_grad_(False)
         self._points: dict[str, HookPoint] = self.model.hook_dict  # resolves aliases anew at every access: keep it
-        blocks = self.model.blocks
-        assert isinstance(blocks, nn.ModuleList)
+        blocks = getattr(self.model, "blocks", None)
+        if not isinstance(blocks, nn.ModuleList):
+            raise SpliceError(
+                f"This TransformerBridge of a {type(self.model.original_model).__name__} has no single list of blocks. SAEs "
+                "are trained in models with one decoder."
+            )
+        if not hasattr(self.model.original_model, "get_output_embeddings"):
+            raise SpliceError(
+                "This TransformerBridge is of boot_native(), whose model cannot be started at a block. Use "
+                "TransformerBridge.boot_transformers() with a Hugging Face model, or a HookedTransformer."
+            )
         self._swap = LayerSwap(self.model.original_model, blocks)
 
     def hook_names(self) -> Sequence[str]:
@@ -162,7 +172,7 @@ class SplicedBridge(SplicedModel):
 
     def _run(self, context: Tensor, start: BlockInput | None, recompute: Recompute | None) -> Tensor:
         self._prepare(context)
-        return self._swap.run(context, start, self.position.start_block, recompute)
+        return self._swap.run(context, start, self.position, recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)
