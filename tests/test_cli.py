@@ -10,6 +10,7 @@ import pytest
 import yaml
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from time_limits import hang_seconds
 
 from e2e_sae_plugin import __version__
 from e2e_sae_plugin.checkpoint import read_manifest
@@ -160,7 +161,7 @@ def test_an_interrupted_command_has_the_conventional_status_and_resumes(number: 
     while process.poll() is None and not log.exists():
         time.sleep(0.05)
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=hang_seconds())[0]
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], output[-2000:]
     assert "Traceback" not in output
     assert f"{number.name}: stopping after this step." in output
@@ -169,7 +170,7 @@ def test_an_interrupted_command_has_the_conventional_status_and_resumes(number: 
     assert f"{number.name} at step {steps}. Saved a checkpoint." in output
     assert 0 < steps < 600
     process = e2e_sae("--config", str(run_file), "--resume", "auto")
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=hang_seconds())[0]
     assert process.returncode == 0, output[-2000:]
     assert f"Resumed from {checkpoint}, after step {steps}." in output
     lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import shtab
+from time_limits import hang_seconds
 
 from e2e_sae_plugin.cli import main
 from e2e_sae_plugin.command_line.commands import COMMANDS
@@ -33,7 +34,7 @@ def complete(script: Path, *words: str, folder: Path | None = None) -> set[str]:
         ["bash", "--norc", "-c",
          'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_e2e_sae; printf "%s\\n" "${COMPREPLY[@]}"',
          str(script), "e2e-sae", *words],
-        capture_output=True, text=True, timeout=60, cwd=folder, check=True,
+        capture_output=True, text=True, timeout=hang_seconds(), cwd=folder, check=True,
     )  # fmt: skip
     return set(done.stdout.split())
 

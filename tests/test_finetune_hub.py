@@ -12,6 +12,7 @@ from helpers import runner_config, tiny_gpt2_model, tiny_tokenizer, training_sae
 from hub_server import HubServer, environment
 from hub_server import hub_fixture as hub_fixture
 from sae_lens import SAE
+from time_limits import hang_seconds
 
 REPOSITORY = "someone/saes"
 
@@ -47,7 +48,7 @@ def test_an_sae_of_a_hub_repository_is_fine_tuned(hub: HubServer, tmp_path: Path
         ]
         return subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "e2e_sae_plugin", "finetune", *flags],
-            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300, check=False,
+            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=hang_seconds(), check=False,
         )  # fmt: skip
 
     done = finetune(REPOSITORY, "layer_1")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from fault_runs import PROCESSES
+from fault_runs import PROCESSES, join
 from helpers import tiny_hooked_transformer, token_dataset
 from test_sweep import KINDS, STEPS, assert_all_trained, assert_same_sae, assert_same_sweep, break_at, sweep, table
 
@@ -187,7 +187,7 @@ def test_a_sweep_that_was_killed_goes_on_from_its_last_whole_checkpoint(
 ):
     process = PROCESSES.Process(target=killed, args=(tmp_path, 5))
     process.start()
-    process.join(120)
+    join(process)
     assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in sweep_checkpoints(tmp_path)] == ["4", "3"]
     steps = trained_steps(monkeypatch)
