@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from marks import slow_except
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from time_limits import hang_seconds
@@ -154,7 +155,7 @@ def e2e_sae(*arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_an_interrupted_command_has_the_conventional_status_and_resumes(number: signal.Signals, run_file: Path):
     process = e2e_sae("--config", str(run_file))
     log = run_file.parent / "out/metrics.jsonl"
