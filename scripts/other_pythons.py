@@ -19,7 +19,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ["pytest", "pytest-xdist", "hypothesis", "check-jsonschema"]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "hatchling", "check-jsonschema"]
 # What the versions of Python differ in: command line, annotations and dataclasses of the configs, forked processes.
 TESTS = [
     "command_line",
