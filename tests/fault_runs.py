@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+from time_limits import hang_seconds
 from transformers.utils import logging as transformers_logging
 
 from e2e_sae_plugin import E2ESAERunnerConfig, E2ESAETrainingRunner, Objective
@@ -149,9 +150,16 @@ def start(data: Path, folder: Path, fault: Fault | None = None, **changes: Any) 
     return process
 
 
+def join(process: BaseProcess) -> None:
+    process.join(hang_seconds())
+    is_hanging = process.exitcode is None
+    if is_hanging:
+        process.kill()
+    assert not is_hanging, "the run hangs"
+
+
 def finish(process: BaseProcess, folder: Path, began: float) -> Outcome:
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
+    join(process)
     return Outcome(process.exitcode, time.monotonic() - began, (folder / "log").read_text() if folder.exists() else "")
 
 

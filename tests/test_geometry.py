@@ -104,7 +104,7 @@ def test_other_precisions_are_computed_in_fp32(dtype: torch.dtype):
     torch.testing.assert_close(found.cosine, cosines.max(1).values.float())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(2, 12),
     seed=st.integers(0, 1000),

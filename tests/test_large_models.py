@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from helpers import hook_of, proxy, randomise, tiny_gpt2_model, tiny_llama_model, token_batch
+from time_limits import hang_seconds
 from torch import Tensor, nn
 
 from e2e_sae_plugin import Objective, splice_into
@@ -122,7 +123,8 @@ def test_a_model_split_by_tensor_parallelism_gives_the_same_gradient(tmp_path: P
     paths = os.pathsep.join([str(here.parent), str(here)])
     result = subprocess.run(
         [*command, str(here / "tensor_parallel.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=hang_seconds(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("the gradients agree") == 2

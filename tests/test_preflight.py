@@ -97,7 +97,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
 
 
 @given(name=st.sampled_from(sorted(INVALID)), data=st.data(), others=st.fixed_dictionaries({}, optional=VALID))
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=600)
 def test_an_invalid_setting_is_refused_by_its_name_whatever_the_others(
     name: str, data: st.DataObject, others: dict[str, Any]
 ):
@@ -111,7 +111,7 @@ def test_an_invalid_setting_is_refused_by_its_name_whatever_the_others(
 
 
 @given(others=st.fixed_dictionaries({}, optional=VALID))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_valid_settings_are_accepted_in_every_combination(others: dict[str, Any]):
     config = runner_config(**{"checkpoint_path": "checkpoints", "training_tokens": 320, **others})
     again = E2ESAERunnerConfig.from_dict(json.loads(json.dumps(config.to_dict())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 import subprocess
@@ -78,6 +79,24 @@ def test_the_same_versions_of_python_everywhere():
         for told in re.findall(r"PYTHON: python(3\.\d+)", text):
             assert f'python-version: "{told}"' in text, workflow.name
             assert told in versions
+
+
+def test_make_check_runs_every_test_once():
+    """Whatever marks a test has, the expression of one of the targets selects it."""
+    makefile = (ROOT / "Makefile").read_text()
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    marks = [each.partition(":")[0] for each in options["markers"]]
+    selections = dict(
+        re.findall(r"^([a-z]+|\$\(SLOW_TESTED\)): .*\n\t\$\(BIN\)/pytest -m '?([a-z ]+)'?$", makefile, re.M)
+    )
+    assert selections.keys() == {"$(SLOW_TESTED)", "faults", "pages"}
+    (by_default,) = re.findall("-m '([^']+)'", options["addopts"])
+    (check,) = re.findall("^check: (.*?)  ##", makefile, re.M)
+    assert {"tested", "slow", "faults", "pages"} <= set(check.split())
+    for values in itertools.product([False, True], repeat=len(marks)):
+        marked = dict(zip(marks, values, strict=True))
+        chosen = [expression for expression in (by_default, *selections.values()) if eval(expression, {}, marked)]
+        assert len(chosen) == max(1, marked["exhaustive"] + marked["documentation"]), marked
 
 
 def test_every_make_target_that_is_named_exists():
