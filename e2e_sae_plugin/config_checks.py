@@ -89,6 +89,13 @@ def _check_sae(cfg: E2ESAERunnerConfig) -> None:
     for name in ("d_in", "d_sae"):
         if not getattr(sae, name) >= 1:
             raise ValueError(f"sae.{name} must be at least 1, got {getattr(sae, name)!r}.")
+    if sae.reshape_activations not in ("none", "hook_z"):
+        raise ValueError(f"sae.reshape_activations must be 'none' or 'hook_z', got {sae.reshape_activations!r}.")
+    if sae.reshape_activations == "hook_z" and (not cfg.hook_name.endswith("_z") or cfg.hook_head_index is not None):
+        raise ValueError(
+            f"sae.reshape_activations='hook_z' does not fit hook_name={cfg.hook_name!r} with "
+            f"hook_head_index={cfg.hook_head_index!r}. Leave it at 'none': the finished SAE of a hook_z has it."
+        )
     k = getattr(sae, "k", None)
     if isinstance(k, int | float) and not 0 < k <= sae.d_sae:
         raise ValueError(f"sae.k (active features per token) must be above 0 and at most d_sae={sae.d_sae}, got {k!r}.")

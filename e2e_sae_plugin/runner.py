@@ -31,6 +31,7 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
+from e2e_sae_plugin.evaluation.place import flatten_heads
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
 from e2e_sae_plugin.kernels import sharded_sae
@@ -380,6 +381,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
+        flatten_heads(self.sae)
         self.sae.cfg.metadata.objective = self.cfg.objective.to_dict()
         self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)
