@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainerConfig
+from sae_lens.config import T_TRAINING_SAE_CONFIG, LanguageModelSAERunnerConfig, LoggingConfig, SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
@@ -32,8 +32,9 @@ MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM
 
 
 @dataclass
-class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[reportMissingTypeArgument]
+class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """SAELens's runner config, for end-to-end training. An existing SAELens config runs with this class instead.
+    Generic in the class of `sae`, as in SAELens: `E2ESAERunnerConfig[TopKTrainingSAEConfig](sae=...)`.
 
     Fields of the host keep their meaning, with these readings: one optimizer step is `train_batch_size_tokens` divided by
     the positions of a sequence that are trained on, in whole sequences; `store_batch_size_prompts` is the most sequences
@@ -254,7 +255,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         return super().to_sae_trainer_config()
 
     @classmethod
-    def load(cls, path: Path | str, **overrides: Any) -> "E2ESAERunnerConfig":
+    def load(cls, path: Path | str, **overrides: Any) -> "E2ESAERunnerConfig[Any]":
         """Read a YAML (or JSON) file such as `run.yaml`, or a run's `e2e_runner_cfg.json`.
 
         Args:
@@ -273,7 +274,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         return cls.from_dict({**content, **overrides})
 
     @classmethod
-    def from_dict(cls, cfg_dict: dict[str, Any]) -> "E2ESAERunnerConfig":
+    def from_dict(cls, cfg_dict: dict[str, Any]) -> "E2ESAERunnerConfig[Any]":
         """Read `to_dict`'s output, a host `runner_cfg.json`, or a hand-written mapping that leaves out defaults.
 
         Raises:
