@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 from dataclasses import fields
@@ -14,10 +15,13 @@ from e2e_sae_plugin.architectures import (
     SHARDED_ARCHITECTURES,
     WITH_AUXILIARY,
 )
+from e2e_sae_plugin.config_fields import host_defaults
 from e2e_sae_plugin.hub_names import check_repo_id, check_revision, sae_id_problem
 
 if TYPE_CHECKING:
     from e2e_sae_plugin.config import E2ESAERunnerConfig
+
+logger = logging.getLogger(__name__)
 
 # Whole-number fields for which zero or less means nothing.
 _AT_LEAST_ONE = (
@@ -267,10 +271,14 @@ def check_schedule(cfg: E2ESAERunnerConfig) -> None:
         return
     defaults = {field.name: field.default for field in fields(cfg)}
     for name in ("n_checkpoints", "checkpoint_every_minutes", "keep_checkpoints", "save_final_checkpoint"):
-        if getattr(cfg, name) not in (defaults[name], None) and not cfg.logger.log_to_wandb:
-            raise ValueError(
-                f"{name}={getattr(cfg, name)!r} has no effect without a checkpoint_path. Set one, or leave it out."
-            )
+        if getattr(cfg, name) in (defaults[name], None) or cfg.logger.log_to_wandb:
+            continue
+        if name in host_defaults():  # SAELens accepts it, and writes nothing
+            logger.warning("%s=%r writes no checkpoints: checkpoint_path is None.", name, getattr(cfg, name))
+            continue
+        raise ValueError(
+            f"{name}={getattr(cfg, name)!r} has no effect without a checkpoint_path. Set one, or leave it out."
+        )
     if cfg.resume_from_checkpoint == "auto":
         raise ValueError(
             "resume_from_checkpoint='auto' looks below checkpoint_path, which is None: set it, or name a folder."

@@ -121,10 +121,8 @@ def test_valid_settings_are_accepted_in_every_combination(others: dict[str, Any]
 @pytest.mark.parametrize(
     ("chosen", "match"),
     [
-        ({"n_checkpoints": 3}, "n_checkpoints=3 has no effect without a checkpoint_path"),
         ({"keep_checkpoints": 3}, "keep_checkpoints=3 has no effect without a checkpoint_path"),
         ({"checkpoint_every_minutes": 5.0}, r"checkpoint_every_minutes=5\.0 has no effect without a checkpoint_path"),
-        ({"save_final_checkpoint": True}, "save_final_checkpoint=True has no effect without a checkpoint_path"),
         (
             {"resume_from_checkpoint": "auto"},
             "resume_from_checkpoint='auto' looks below checkpoint_path, which is None",
@@ -145,6 +143,18 @@ def test_valid_settings_are_accepted_in_every_combination(others: dict[str, Any]
 def test_settings_that_do_not_go_together_are_refused(chosen: dict[str, Any], match: str):
     with pytest.raises(ValueError, match=match):
         runner_config(**chosen)
+
+
+@pytest.mark.parametrize("chosen", [{"n_checkpoints": 3}, {"save_final_checkpoint": True}], ids=str)
+def test_checkpoints_of_saelens_without_a_path_are_accepted_and_write_nothing(
+    chosen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    config = runner_config(**chosen)
+    ((name, value),) = chosen.items()
+    assert f"{name}={value!r} writes no checkpoints: checkpoint_path is None." in caplog.text
+    E2ESAETrainingRunner(config, token_dataset(), tiny_hooked_transformer()).run()
+    assert list(tmp_path.iterdir()) == []
 
 
 # Folders.
