@@ -7,7 +7,7 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from e2e_sae_plugin.architectures import check_dtype, check_normalisation
 from e2e_sae_plugin.config_checks import check_schedule, check_shards, check_sharing, check_start, check_values
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
 from e2e_sae_plugin.config_reading import names_of, read_numbers, read_yaml, require_known_keys
+from e2e_sae_plugin.config_values import read_fields, require_writable
 from e2e_sae_plugin.model_settings import check_model_settings
 from e2e_sae_plugin.objective import Objective
 
@@ -117,9 +118,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     hub_checkpoints: bool = False
 
     def __post_init__(self) -> None:
+        read_fields(self)
         for name in ("output_path", "checkpoint_path", "resume_from_checkpoint", "from_pretrained_path"):
-            if isinstance(getattr(self, name), os.PathLike):
-                setattr(self, name, os.fspath(getattr(self, name)))
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must name a folder, or be None; got an empty string.")
             if str(getattr(self, name)).lower() in ("none", "null"):  # as a flag can only say it
@@ -130,9 +130,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                     f"{name} must be a {wanted.__name__} of SAELens, got {getattr(self, name)!r}. "
                     "E2ESAERunnerConfig.from_dict takes mappings, as in a file."
                 )
-        if not isinstance(self.seqpos_slice, Sequence) or not all(
-            each is None or isinstance(each, int) for each in self.seqpos_slice
-        ):
+            read_fields(getattr(self, name), f"{name}.")
+        if not 1 <= len(self.seqpos_slice) <= 3:
             raise ValueError(
                 "seqpos_slice must be (start, stop) or (start, stop, step) of whole numbers or None, got "
                 f"{self.seqpos_slice!r}."
@@ -152,6 +151,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         check_sharing(self)
         self._check_batch()
         check_schedule(self)
+        self._check_writable()
 
     def _check_fields(self) -> None:
         if self.model_class_name not in MODEL_CLASSES:
@@ -190,6 +190,14 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         for name in ("training_tokens", "train_batch_size_tokens", "store_batch_size_prompts", "context_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+
+    def _check_writable(self) -> None:
+        parts = ("sae", "logger", "objective")
+        require_writable({each.name: getattr(self, each.name) for each in fields(self) if each.name not in parts})
+        sae = self.sae.to_dict()
+        metadata = sae.pop("metadata")
+        require_writable(sae, "sae.")
+        require_writable(metadata, "sae.metadata.")
 
     def _check_batch(self) -> None:
         per_sequence, batch = self.training_context_size, self.train_batch_size_tokens

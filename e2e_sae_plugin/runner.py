@@ -28,6 +28,7 @@ from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerpri
 from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.config_values import require_round_trip
 from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
@@ -121,6 +122,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         override_evaluation_tokens: Tensor | None,
     ) -> None:
         """What this process can build by itself; refuses first what can be known to fail."""
+        require_round_trip(cfg)
         if cfg.logger.log_to_wandb and self.leads:
             check_wandb_login()
         if self.leads:

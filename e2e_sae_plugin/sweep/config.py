@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, read_yaml, require_known_keys
+from e2e_sae_plugin.config_values import read_fields
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.sweep.shared_settings import shared_settings
 
@@ -56,6 +57,9 @@ class SweepKind:
     objective: Objective
     sparsities: tuple[float, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read_fields(self)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class SweepConfig:
     checkpoint_path: str | Path | None = "auto"
 
     def __post_init__(self) -> None:
+        read_fields(self)
         paths = {"output_path": self.output_path}
         if self.checkpoint_path is not None:
             paths["checkpoint_path"] = self.checkpoint_path
