@@ -73,7 +73,7 @@ class Objective:
         read_fields(self, "Objective.")
         for name in ("kl", "beta", "mse", "auxiliary"):
             value = getattr(self, name)
-            if value is None and name == "auxiliary":
+            if value is None:  # auxiliary alone
                 continue
             if not math.isfinite(value) or value < 0:
                 raise ValueError(

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, quiet_override_warning, reading_dataset
+from e2e_sae_plugin.cache_folders import explained_cache_errors
 from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
 from e2e_sae_plugin.checkpoint.folder import recover, whole_files
 from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerprint
@@ -150,7 +151,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if override_model is None:
             check_model_shape(cfg)
         own_model = load_model_for(cfg) if override_model is None else None
-        with reading_dataset(cfg, override_dataset), quiet_override_warning(bool(by_name), by_name):
+        with (
+            explained_cache_errors(),
+            reading_dataset(cfg, override_dataset),
+            quiet_override_warning(bool(by_name), by_name),
+        ):
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,
