@@ -224,6 +224,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         return len(range(self.context_size)[slice(*self.seqpos_slice)])
 
     @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the run; the host's `total_training_steps` leaves out a last one that is begun."""
+        return -(-self.training_tokens // self.train_batch_size_tokens)
+
+    @property
     def step_size_prompts(self) -> int:
         """Sequences in one optimizer step."""
         return self.train_batch_size_tokens // self.training_context_size

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from e2e_sae_plugin.architectures import (
+    AUXILIARY_FOR_DEAD_FEATURES,
     FIXED_L0,
     NAMES_EVERY_LOSS,
     RUN_TIME_NORMALISATIONS,
@@ -215,6 +216,50 @@ def _check_patience(cfg: E2ESAERunnerConfig) -> None:
         )
 
 
+def _check_warm_ups_end(cfg: E2ESAERunnerConfig) -> None:
+    """Refuse a sparsity coefficient that no step would be trained with: it reaches its value after the warm-up."""
+    for field in fields(cfg.sae):
+        warm_up = getattr(cfg.sae, field.name)
+        if field.name.endswith("warm_up_steps") and warm_up >= cfg.n_steps:
+            raise ValueError(
+                f"sae.{field.name}={warm_up} does not end within the run, which has {cfg.n_steps} steps (training_tokens / "
+                f"train_batch_size_tokens): the coefficient would reach {100 * (cfg.n_steps - 1) / warm_up:.3g} % of its "
+                "value. Lower it, or train on more tokens."
+            )
+
+
+def _warn_of_long_windows(cfg: E2ESAERunnerConfig) -> None:
+    """Say what a window that the run does not fill leaves out, where the window or its effect was asked for.
+
+    SAELens's defaults of 1,000 and 2,000 steps are longer than many a run, whose summary says so.
+    """
+    if not cfg.verbose:
+        return
+    defaults = host_defaults()
+    dead, sampling = cfg.dead_feature_window, cfg.feature_sampling_window
+    if sampling > cfg.n_steps and sampling != defaults["feature_sampling_window"]:
+        logger.warning(
+            "feature_sampling_window=%d is longer than the run of %d steps: no feature sparsities (sparsity/below_1e-5) are "
+            "logged.", sampling, cfg.n_steps,
+        )  # fmt: skip
+    idle = _weights_for_dead_features(cfg)
+    if dead >= cfg.n_steps and (idle or dead != defaults["dead_feature_window"]):
+        logger.warning(
+            "dead_feature_window=%d is not shorter than the run of %d steps: no feature is counted as dead%s.",
+            dead, cfg.n_steps, "".join(f", and {name} has no effect" for name in idle),
+        )  # fmt: skip
+
+
+def _weights_for_dead_features(cfg: E2ESAERunnerConfig) -> list[str]:
+    """Name the weights that were given and act on dead features alone."""
+    names: list[str] = []
+    if cfg.objective.auxiliary and cfg.sae.architecture() in AUXILIARY_FOR_DEAD_FEATURES:
+        names.append("objective.auxiliary")
+    if getattr(cfg.sae, "pre_act_loss_coefficient", None):
+        names.append("sae.pre_act_loss_coefficient")
+    return names
+
+
 def check_schedule(cfg: E2ESAERunnerConfig) -> None:
     """Learning-rate schedule and checkpoints against the length of the run and the folders there are.
 
@@ -238,6 +283,8 @@ def check_schedule(cfg: E2ESAERunnerConfig) -> None:
         raise ValueError(
             f"lr_decay_steps={cfg.lr_decay_steps} has nothing to decay from: lr_end is 0. Leave one of them out."
         )
+    _check_warm_ups_end(cfg)
+    _warn_of_long_windows(cfg)
     _check_local_first_ends(cfg)
     _check_patience(cfg)
     every = cfg.checkpoint_every_minutes
