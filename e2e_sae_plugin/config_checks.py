@@ -220,7 +220,8 @@ def _check_warm_ups_end(cfg: E2ESAERunnerConfig) -> None:
     """Refuse a sparsity coefficient that no step would be trained with: it reaches its value after the warm-up."""
     for field in fields(cfg.sae):
         warm_up = getattr(cfg.sae, field.name)
-        if field.name.endswith("warm_up_steps") and warm_up >= cfg.n_steps:
+        is_warm_up = field.name.endswith("warm_up_steps") and isinstance(warm_up, int)
+        if is_warm_up and warm_up >= cfg.n_steps:
             raise ValueError(
                 f"sae.{field.name}={warm_up} does not end within the run, which has {cfg.n_steps} steps (training_tokens / "
                 f"train_batch_size_tokens): the coefficient would reach {100 * (cfg.n_steps - 1) / warm_up:.3g} % of its "
