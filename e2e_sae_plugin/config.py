@@ -7,12 +7,12 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainerConfig
+from sae_lens.config import T_TRAINING_SAE_CONFIG, LanguageModelSAERunnerConfig, LoggingConfig, SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
@@ -21,6 +21,7 @@ from e2e_sae_plugin.architectures import check_dtype, check_normalisation
 from e2e_sae_plugin.config_checks import check_schedule, check_shards, check_sharing, check_start, check_values
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
 from e2e_sae_plugin.config_reading import names_of, read_numbers, read_yaml, require_known_keys
+from e2e_sae_plugin.config_values import read_fields, require_writable
 from e2e_sae_plugin.model_settings import check_model_settings
 from e2e_sae_plugin.objective import Objective
 
@@ -32,8 +33,9 @@ MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM
 
 
 @dataclass
-class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[reportMissingTypeArgument]
+class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """SAELens's runner config, for end-to-end training. An existing SAELens config runs with this class instead.
+    Generic in the class of `sae`, as in SAELens: `E2ESAERunnerConfig[TopKTrainingSAEConfig](sae=...)`.
 
     Fields of the host keep their meaning, with these readings: one optimizer step is `train_batch_size_tokens` divided by
     the positions of a sequence that are trained on, in whole sequences; `store_batch_size_prompts` is the most sequences
@@ -118,9 +120,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     hub_checkpoints: bool = False
 
     def __post_init__(self) -> None:
+        read_fields(self)
         for name in ("output_path", "checkpoint_path", "resume_from_checkpoint", "from_pretrained_path"):
-            if isinstance(getattr(self, name), os.PathLike):
-                setattr(self, name, os.fspath(getattr(self, name)))
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must name a folder, or be None; got an empty string.")
             if str(getattr(self, name)).lower() in ("none", "null"):  # as a flag can only say it
@@ -131,9 +132,8 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
                     f"{name} must be a {wanted.__name__} of SAELens, got {getattr(self, name)!r}. "
                     "E2ESAERunnerConfig.from_dict takes mappings, as in a file."
                 )
-        if not isinstance(self.seqpos_slice, Sequence) or not all(
-            each is None or isinstance(each, int) for each in self.seqpos_slice
-        ):
+            read_fields(getattr(self, name), f"{name}.")
+        if not 1 <= len(self.seqpos_slice) <= 3:
             raise ValueError(
                 "seqpos_slice must be (start, stop) or (start, stop, step) of whole numbers or None, got "
                 f"{self.seqpos_slice!r}."
@@ -153,6 +153,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         check_sharing(self)
         self._check_batch()
         check_schedule(self)
+        self._check_writable()
 
     def _check_fields(self) -> None:
         if self.model_class_name not in MODEL_CLASSES:
@@ -192,6 +193,14 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
 
+    def _check_writable(self) -> None:
+        parts = ("sae", "logger", "objective")
+        require_writable({each.name: getattr(self, each.name) for each in fields(self) if each.name not in parts})
+        sae = self.sae.to_dict()
+        metadata = sae.pop("metadata")
+        require_writable(sae, "sae.")
+        require_writable(metadata, "sae.metadata.")
+
     def _check_batch(self) -> None:
         per_sequence, batch = self.training_context_size, self.train_batch_size_tokens
         if batch % per_sequence:
@@ -215,6 +224,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
     def training_context_size(self) -> int:
         """Positions of a sequence that are trained on: `context_size` through `seqpos_slice`."""
         return len(range(self.context_size)[slice(*self.seqpos_slice)])
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the run; the host's `total_training_steps` leaves out a last one that is begun."""
+        return -(-self.training_tokens // self.train_batch_size_tokens)
 
     @property
     def step_size_prompts(self) -> int:
@@ -256,7 +270,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         return super().to_sae_trainer_config()
 
     @classmethod
-    def load(cls, path: Path | str, **overrides: Any) -> "E2ESAERunnerConfig":
+    def load(cls, path: Path | str, **overrides: Any) -> "E2ESAERunnerConfig[Any]":
         """Read a YAML (or JSON) file such as `run.yaml`, or a run's `e2e_runner_cfg.json`.
 
         Args:
@@ -275,7 +289,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig):  # pyright: ignore[repor
         return cls.from_dict({**content, **overrides})
 
     @classmethod
-    def from_dict(cls, cfg_dict: dict[str, Any]) -> "E2ESAERunnerConfig":
+    def from_dict(cls, cfg_dict: dict[str, Any]) -> "E2ESAERunnerConfig[Any]":
         """Read `to_dict`'s output, a host `runner_cfg.json`, or a hand-written mapping that leaves out defaults.
 
         Raises:

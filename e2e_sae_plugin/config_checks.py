@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import numbers
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from e2e_sae_plugin.architectures import (
+    AUXILIARY_FOR_DEAD_FEATURES,
     FIXED_L0,
     NAMES_EVERY_LOSS,
     RUN_TIME_NORMALISATIONS,
     SHARDED_ARCHITECTURES,
     WITH_AUXILIARY,
 )
+from e2e_sae_plugin.config_fields import host_defaults
 from e2e_sae_plugin.hub_names import check_repo_id, check_revision, sae_id_problem
 
 if TYPE_CHECKING:
     from e2e_sae_plugin.config import E2ESAERunnerConfig
+
+logger = logging.getLogger(__name__)
 
 # Whole-number fields for which zero or less means nothing.
 _AT_LEAST_ONE = (
@@ -26,19 +30,15 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _AT_LEAST_ZERO = ("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "n_eval_batches")
 _SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
-_OPTIONAL = {bool | None: bool, int | None: int, float | None: float, str | None: str}
 _ESTIMATED = ("expected_average_only_in", "covariance_whitening")
 
 
 def check_values(cfg: E2ESAERunnerConfig) -> None:
-    """Types and ranges of numbers and switches in the config, its SAE's and its logger's.
+    """Ranges of numbers in the config, its SAE's and its logger's.
 
     Raises:
         ValueError: names the field, what it got and what it expected.
     """
-    for where, part in (("", cfg), ("sae.", cfg.sae), ("logger.", cfg.logger)):
-        for field in fields(part):
-            _check_type(where + field.name, getattr(part, field.name), field.type)
     if not (math.isfinite(cfg.lr) and cfg.lr > 0):
         raise ValueError(f"lr must be a positive finite number, got {cfg.lr!r}.")
     if cfg.lr_end is not None and not 0 <= cfg.lr_end < math.inf:
@@ -63,23 +63,6 @@ def check_values(cfg: E2ESAERunnerConfig) -> None:
     _check_sae(cfg)
 
 
-def _check_type(name: str, value: Any, wanted: Any) -> None:
-    """As lenient as Python is for the host: numpy's numbers, 0 and 1 as switches, 1e6 tokens."""
-    if wanted in _OPTIONAL:
-        if value is None:
-            return
-        wanted = _OPTIONAL[wanted]
-    fits = {
-        bool: isinstance(value, numbers.Integral) and value in (0, 1),
-        int: isinstance(value, numbers.Real) and (float(value).is_integer()),
-        float: isinstance(value, numbers.Real),
-        str: isinstance(value, str),
-    }
-    if not fits.get(wanted, True):
-        expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[wanted]
-        raise ValueError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
-
-
 def _check_sae(cfg: E2ESAERunnerConfig) -> None:
     sae: Any = cfg.sae
     for field in fields(sae):
@@ -89,6 +72,13 @@ def _check_sae(cfg: E2ESAERunnerConfig) -> None:
     for name in ("d_in", "d_sae"):
         if not getattr(sae, name) >= 1:
             raise ValueError(f"sae.{name} must be at least 1, got {getattr(sae, name)!r}.")
+    if sae.reshape_activations not in ("none", "hook_z"):
+        raise ValueError(f"sae.reshape_activations must be 'none' or 'hook_z', got {sae.reshape_activations!r}.")
+    if sae.reshape_activations == "hook_z" and (not cfg.hook_name.endswith("_z") or cfg.hook_head_index is not None):
+        raise ValueError(
+            f"sae.reshape_activations='hook_z' does not fit hook_name={cfg.hook_name!r} with "
+            f"hook_head_index={cfg.hook_head_index!r}. Leave it at 'none': the finished SAE of a hook_z has it."
+        )
     k = getattr(sae, "k", None)
     if isinstance(k, int | float) and not 0 < k <= sae.d_sae:
         raise ValueError(f"sae.k (active features per token) must be above 0 and at most d_sae={sae.d_sae}, got {k!r}.")
@@ -113,8 +103,6 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
                 f"{architecture!r} has no inner levels. Leave it at 'all'."
             )
     names = cfg.frozen_parameters
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"frozen_parameters must be a list of parameter names, got {names!r}.")
     if cfg.keep_decoder_norms and "W_dec" in names:
         raise ValueError(
             "keep_decoder_norms=True has no effect: W_dec is among frozen_parameters. Leave one of them out."
@@ -228,6 +216,51 @@ def _check_patience(cfg: E2ESAERunnerConfig) -> None:
         )
 
 
+def _check_warm_ups_end(cfg: E2ESAERunnerConfig) -> None:
+    """Refuse a sparsity coefficient that no step would be trained with: it reaches its value after the warm-up."""
+    for field in fields(cfg.sae):
+        warm_up = getattr(cfg.sae, field.name)
+        is_warm_up = field.name.endswith("warm_up_steps") and isinstance(warm_up, int)
+        if is_warm_up and warm_up >= cfg.n_steps:
+            raise ValueError(
+                f"sae.{field.name}={warm_up} does not end within the run, which has {cfg.n_steps} steps (training_tokens / "
+                f"train_batch_size_tokens): the coefficient would reach {100 * (cfg.n_steps - 1) / warm_up:.3g} % of its "
+                "value. Lower it, or train on more tokens."
+            )
+
+
+def _warn_of_long_windows(cfg: E2ESAERunnerConfig) -> None:
+    """Say what a window that the run does not fill leaves out, where the window or its effect was asked for.
+
+    SAELens's defaults of 1,000 and 2,000 steps are longer than many a run, whose summary says so.
+    """
+    if not cfg.verbose:
+        return
+    defaults = host_defaults()
+    dead, sampling = cfg.dead_feature_window, cfg.feature_sampling_window
+    if sampling > cfg.n_steps and sampling != defaults["feature_sampling_window"]:
+        logger.warning(
+            "feature_sampling_window=%d is longer than the run of %d steps: no feature sparsities (sparsity/below_1e-5) are "
+            "logged.", sampling, cfg.n_steps,
+        )  # fmt: skip
+    idle = _weights_for_dead_features(cfg)
+    if dead >= cfg.n_steps and (idle or dead != defaults["dead_feature_window"]):
+        logger.warning(
+            "dead_feature_window=%d is not shorter than the run of %d steps: no feature is counted as dead%s.",
+            dead, cfg.n_steps, "".join(f", and {name} has no effect" for name in idle),
+        )  # fmt: skip
+
+
+def _weights_for_dead_features(cfg: E2ESAERunnerConfig) -> list[str]:
+    """Name the weights that were given and act on dead features alone."""
+    names: list[str] = []
+    if cfg.objective.auxiliary and cfg.sae.architecture() in AUXILIARY_FOR_DEAD_FEATURES:
+        names.append("objective.auxiliary")
+    if getattr(cfg.sae, "pre_act_loss_coefficient", None):
+        names.append("sae.pre_act_loss_coefficient")
+    return names
+
+
 def check_schedule(cfg: E2ESAERunnerConfig) -> None:
     """Learning-rate schedule and checkpoints against the length of the run and the folders there are.
 
@@ -251,6 +284,8 @@ def check_schedule(cfg: E2ESAERunnerConfig) -> None:
         raise ValueError(
             f"lr_decay_steps={cfg.lr_decay_steps} has nothing to decay from: lr_end is 0. Leave one of them out."
         )
+    _check_warm_ups_end(cfg)
+    _warn_of_long_windows(cfg)
     _check_local_first_ends(cfg)
     _check_patience(cfg)
     every = cfg.checkpoint_every_minutes
@@ -260,10 +295,14 @@ def check_schedule(cfg: E2ESAERunnerConfig) -> None:
         return
     defaults = {field.name: field.default for field in fields(cfg)}
     for name in ("n_checkpoints", "checkpoint_every_minutes", "keep_checkpoints", "save_final_checkpoint"):
-        if getattr(cfg, name) not in (defaults[name], None) and not cfg.logger.log_to_wandb:
-            raise ValueError(
-                f"{name}={getattr(cfg, name)!r} has no effect without a checkpoint_path. Set one, or leave it out."
-            )
+        if getattr(cfg, name) in (defaults[name], None) or cfg.logger.log_to_wandb:
+            continue
+        if name in host_defaults():  # SAELens accepts it, and writes nothing
+            logger.warning("%s=%r writes no checkpoints: checkpoint_path is None.", name, getattr(cfg, name))
+            continue
+        raise ValueError(
+            f"{name}={getattr(cfg, name)!r} has no effect without a checkpoint_path. Set one, or leave it out."
+        )
     if cfg.resume_from_checkpoint == "auto":
         raise ValueError(
             "resume_from_checkpoint='auto' looks below checkpoint_path, which is None: set it, or name a folder."

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sae_lens.constants import DTYPE_MAP
 from transformer_lens.loading_from_pretrained import make_model_alias_map
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
@@ -101,9 +102,12 @@ def _check_quantisation(model_class_name: str, quantisation: Any) -> None:
 
 
 def loading_settings(model_class_name: str, settings: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """What the loader gets: quantised weights are put where the model is to be at once, which the loader would otherwise
-    choose for itself, and move afterwards."""
+    """Return what the loader gets: dtypes, which files hold by name, as torch's; quantised weights are put where the model
+    is to be at once, which the loader would otherwise choose for itself, and move afterwards."""
     settings = dict(settings)
+    for name in ("dtype", "torch_dtype"):
+        if settings.get(name) in DTYPE_MAP:
+            settings[name] = DTYPE_MAP[settings[name]]
     if model_class_name == HUGGING_FACE and settings.get("quantization_config") is not None:
         settings["quantization_config"] = dict(settings["quantization_config"])
         settings["device_map"] = settings.get("device_map") or {"": device}

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
+from e2e_sae_plugin.config_values import read_fields
+
 MatryoshkaLevels = Literal["all", "sampled"]
 
 
@@ -68,12 +70,11 @@ class Objective:
     without soft cap. Metrics on held-out tokens are exact."""
 
     def __post_init__(self) -> None:
+        read_fields(self, "Objective.")
         for name in ("kl", "beta", "mse", "auxiliary"):
             value = getattr(self, name)
-            if value is None and name == "auxiliary":
+            if value is None:  # auxiliary alone
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"Objective.{name} must be a number, got {value!r} ({type(value).__name__}).")
             if not math.isfinite(value) or value < 0:
                 raise ValueError(
                     f"Objective.{name} must be a finite weight >= 0, got {value!r}. Set it to 0 to leave the term out."
@@ -85,8 +86,6 @@ class Objective:
             )
         if self.downstream_hooks is not None:
             self._check_downstream_hooks()
-        if not isinstance(self.balance_kl, bool):
-            raise ValueError(f"Objective.balance_kl must be True or False, got {self.balance_kl!r}.")
         if self.balance_kl and (self.kl == 0 or self.beta > 0):
             raise ValueError(
                 f"Objective.balance_kl scales the KL to the squared error, so it needs kl > 0 and beta = 0; got "
@@ -98,12 +97,12 @@ class Objective:
 
     def _check_approximations(self) -> None:
         share, k = self.kl_positions, self.kl_top_k
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        if not 0 < share <= 1:
             raise ValueError(
                 f"Objective.kl_positions must be a share of the positions, above 0 and up to 1, got {share!r}. Leave it at "
                 "1 for the KL on all of them, or set kl=0 to leave the term out."
             )
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 2):
+        if k is not None and k < 2:
             raise ValueError(
                 f"Objective.kl_top_k must be a whole number of tokens of the vocabulary, 2 or more (one alone has "
                 f"probability 1 in every model), got {k!r}. Leave it at None for the exact KL."
@@ -116,10 +115,7 @@ class Objective:
                 )
 
     def _check_downstream_hooks(self) -> None:
-        hooks = self.downstream_hooks
-        if isinstance(hooks, str) or not all(isinstance(hook, str) for hook in hooks or ()):
-            raise ValueError(f"Objective.downstream_hooks must be a list of hook names, got {hooks!r}.")
-        object.__setattr__(self, "downstream_hooks", tuple(hooks or ()))
+        hooks = self.downstream_hooks or ()
         if not hooks:
             raise ValueError(
                 "Objective.downstream_hooks is empty. Leave it None for the default, the residual stream entering "

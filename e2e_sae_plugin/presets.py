@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.config_values import plain, plain_as
 from e2e_sae_plugin.objective import Objective
 
 QUICK_LR, QUICK_D_SAE = 1e-2, 1024
@@ -67,17 +68,15 @@ def quick_config(
     Raises:
         ValueError: a size is no whole number or below 1, `d_sae` contradicts `sae`, or the config refuses a value.
     """
-    _check_sizes(
-        d_in=d_in, training_tokens=training_tokens, context_size=context_size, step_sequences=step_sequences, k=k
-    )
-    if d_sae is not None:
-        _check_sizes(d_sae=d_sae)
+    d_in, training_tokens, k = _size("d_in", d_in), _size("training_tokens", training_tokens), _size("k", k)
+    context_size, step_sequences = _size("context_size", context_size), _size("step_sequences", step_sequences)
+    d_sae = None if d_sae is None else _size("d_sae", d_sae)
     sae = overrides.get("sae")
     if sae is not None and d_sae not in (None, sae.d_sae):
         raise ValueError(f"d_sae={d_sae} contradicts sae, which has d_sae={sae.d_sae}. Give one of the two.")
     width: int = sae.d_sae if sae is not None else d_sae or 8 * d_in
     step_tokens = step_sequences * context_size
-    lr = overrides.get("lr", QUICK_LR * (QUICK_D_SAE / width) ** 0.5)
+    lr = plain(overrides).get("lr", QUICK_LR * (QUICK_D_SAE / width) ** 0.5)
     settings: dict[str, Any] = {
         "hook_name": hook_name,
         "context_size": context_size,
@@ -92,18 +91,17 @@ def quick_config(
         "lr": lr,
         "lr_end": lr / 100,
         "lr_scheduler_name": "cosineannealing",
-        "lr_warm_up_steps": int(min(100, training_tokens // step_tokens // 10)),
+        "lr_warm_up_steps": min(100, training_tokens // step_tokens // 10),
     }
     return E2ESAERunnerConfig(**{**settings, **overrides})
 
 
-def _check_sizes(**sizes: Any) -> None:
-    for name, value in sizes.items():
-        # 1e6 is how many write a million
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-            raise ValueError(f"{name} must be a whole number, got {value!r}. Give for instance {name}=1024.")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}.")
+def _size(name: str, value: Any) -> int:
+    """A whole number, which may be written as 1e6."""
+    number = plain_as(name, value, int)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    return number
 
 
 def objective_from_authors(

@@ -46,7 +46,9 @@ class Progress:
             return
         if not now and time.monotonic() - self._shown < MIN_SECONDS:
             return
-        terms = {name.removesuffix("_loss"): f"{float(value):.4g}" for name, value in output.losses.items()}
+        values = {name.removesuffix("_loss"): float(value) for name, value in output.losses.items()}
+        # TopK's auxiliary term is exactly 0 while no feature is dead.
+        terms = {name: f"{value:.4g}" for name, value in values.items() if value != 0}
         self._bar.set_postfix({"step": step, **terms, "L0": f"{float(l0):.1f}"}, refresh=False)
         self._bar.update(n_tokens - self._bar.n)
         self._shown = time.monotonic()

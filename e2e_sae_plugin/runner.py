@@ -22,15 +22,18 @@ from tqdm.auto import tqdm
 
 from e2e_sae_plugin._version import __version__
 from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, quiet_override_warning, reading_dataset
+from e2e_sae_plugin.cache_folders import explained_cache_errors
 from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
 from e2e_sae_plugin.checkpoint.folder import recover, whole_files
 from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerprint
 from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.config_values import require_round_trip
 from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_dataset
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
+from e2e_sae_plugin.evaluation.place import flatten_heads
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
 from e2e_sae_plugin.interruption import run_interrupted, stop_on_signals
 from e2e_sae_plugin.kernels import sharded_sae
@@ -122,6 +125,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         override_evaluation_tokens: Tensor | None,
     ) -> None:
         """What this process can build by itself; refuses first what can be known to fail."""
+        require_round_trip(cfg)
         if cfg.logger.log_to_wandb and self.leads:
             check_wandb_login()
         if self.leads:
@@ -149,7 +153,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if override_model is None:
             check_model_shape(cfg)
         own_model = load_model_for(cfg) if override_model is None else None
-        with reading_dataset(cfg, override_dataset), quiet_override_warning(bool(by_name), by_name):
+        with (
+            explained_cache_errors(),
+            reading_dataset(cfg, override_dataset),
+            quiet_override_warning(bool(by_name), by_name),
+        ):
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,
@@ -383,6 +391,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
+        flatten_heads(self.sae)
         self.sae.cfg.metadata.objective = self.cfg.objective.to_dict()
         self.sae.cfg.metadata.local_first = self.cfg.local_first
         self.sae.cfg.metadata.downstream_hooks = list(self.spliced_model.downstream_hooks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from e2e_sae_plugin.architectures import AUXILIARY_FOR_DEAD_FEATURES
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.trainer import E2ESAETrainer
 
@@ -10,10 +11,9 @@ def announce(cfg: E2ESAERunnerConfig) -> str:
     """What is about to be trained, and in how many steps."""
     weights = {name: getattr(cfg.objective, name) for name in ("kl", "beta", "mse")}
     objective = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
-    steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
     return (
         f"Training a {cfg.sae.architecture()} SAE ({cfg.sae.d_in} x {cfg.sae.d_sae}) on {cfg.hook_name} "
-        f"of {cfg.model_name}, {objective}: {steps:,} steps of {cfg.step_size_prompts:,} x "
+        f"of {cfg.model_name}, {objective}: {cfg.n_steps:,} steps of {cfg.step_size_prompts:,} x "
         f"{cfg.training_context_size:,} tokens, {cfg.micro_batch_size_prompts:,} sequences at once."
     )
 
@@ -38,8 +38,7 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
                 "             worse than the mean activation: trained for too little, or with a rate or sparsity that "
                 "does not suit it"
             )
-    if trainer.n_training_steps > cfg.dead_feature_window:  # before, none can be told dead
-        lines.append(f"  features   {int(trainer.dead_neurons.sum()):,} of {cfg.sae.d_sae:,} dead")
+    lines.append(f"  features   {_dead_features(trainer, cfg)}")
     if trainer.n_training_samples < trainer.cfg.total_training_samples - cfg.train_batch_size_tokens + 1:
         lines.append(
             f"  stopped    early, of {cfg.training_tokens:,} tokens: the held-out KL has not fallen for "
@@ -50,3 +49,13 @@ def summarise(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
     if cfg.output_path is not None:
         lines.append(f"  saved in   {cfg.output_path}   (sae_lens.SAE.load_from_disk reads it)")
     return "\n".join(lines)
+
+
+def _dead_features(trainer: E2ESAETrainer, cfg: E2ESAERunnerConfig) -> str:
+    """Say how many are dead, or why that is not known."""
+    if trainer.n_training_steps > cfg.dead_feature_window:
+        return f"{int(trainer.dead_neurons.sum()):,} of {cfg.sae.d_sae:,} dead"
+    text = f"none counted as dead: the run is not longer than dead_feature_window={cfg.dead_feature_window:,} steps"
+    if cfg.sae.architecture() in AUXILIARY_FOR_DEAD_FEATURES and cfg.objective.auxiliary != 0:
+        text += ", so the auxiliary loss has not acted"
+    return text

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import logging
 import math
+import pickle
 import re
 from typing import Any
 
 import pytest
 from helpers import BUILT_IN_ARCHITECTURES, runner_config, sae_config
+from sae_lens import TopKTrainingSAEConfig
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
@@ -51,6 +53,15 @@ def test_an_existing_config_of_the_host_is_accepted_with_its_values():
     assert {name: getattr(ours, name) for name in HOST_FIELDS} == {name: getattr(host, name) for name in HOST_FIELDS}
     assert ours.objective == Objective.e2e()
     assert ours.max_grad_norm == 1.0
+
+
+def test_it_is_generic_in_the_sae_config_as_the_host_is():
+    given = {field.name: getattr(runner_config("topk"), field.name) for field in dataclasses.fields(E2ESAERunnerConfig)}
+    config = E2ESAERunnerConfig[TopKTrainingSAEConfig](**given)
+    assert type(config) is E2ESAERunnerConfig
+    assert config == E2ESAERunnerConfig(**given)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert E2ESAERunnerConfig[Any].from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 IDLE_VALUES: dict[str, Any] = {

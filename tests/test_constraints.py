@@ -75,7 +75,7 @@ def test_the_gradient_along_a_row_is_left_out(monkeypatch: pytest.MonkeyPatch):
             {"frozen_parameters": ("W_enc", "b_enc", "W_dec", "b_dec")},
             "names every parameter.*nothing is left to train",
         ),
-        ({"frozen_parameters": "W_dec"}, "frozen_parameters must be a list of parameter names, got 'W_dec'"),
+        ({"frozen_parameters": "W_dec"}, "frozen_parameters must be a list of strings, got 'W_dec'"),
         ({"frozen_parameters": ("W_dec",), "keep_decoder_norms": True}, "keep_decoder_norms=True has no effect"),
     ],
     ids=str,

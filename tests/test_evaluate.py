@@ -480,7 +480,7 @@ def test_a_scale_that_is_not_folded_is_refused_or_told(tmp_path: Path):
 
 def test_an_inference_sae_that_reshapes_heads_by_itself(tmp_path: Path):
     hook_name = "blocks.1.attn.hook_z"
-    sae = training_sae(runner_config(sae={"reshape_activations": "hook_z"}))
+    sae = training_sae(runner_config(sae={"reshape_activations": "hook_z"}, hook_name=hook_name))
     sae.cfg.metadata.hook_name = hook_name
     inference = inference_form(sae, tmp_path)
     assert inference.hook_z_reshaping_mode

@@ -40,7 +40,8 @@ HOOK = "blocks.1.hook_resid_pre"
 
 def finished(folder: Path, architecture: str = "topk", sae: dict[str, Any] | None = None, **metadata: Any) -> SAE[Any]:
     """A trained SAE's export, as `SAE.load_from_disk` gives it, with the metadata that SAELens writes."""
-    training_sae(runner_config(architecture, sae=sae)).save_inference_model(str(folder))
+    config = runner_config(architecture, sae=sae, hook_name=metadata.get("hook_name", HOOK))
+    training_sae(config).save_inference_model(str(folder))
     loaded = SAE.load_from_disk(str(folder))
     known = {"model_name": "tiny", "hook_name": HOOK, "context_size": 8, "dataset_path": "tiny", "prepend_bos": True}
     for name, value in {**known, **metadata}.items():

@@ -70,7 +70,7 @@ def test_what_the_metadata_say_of_another_architecture_is_not_taken(tmp_path: Pa
 
 
 def test_warm_ups_are_over(tmp_path: Path):
-    original = finished("standard", tmp_path, l1_warm_up_steps=500)
+    original = finished("standard", tmp_path, l1_warm_up_steps=5)
     assert training_config(original).to_dict()["l1_warm_up_steps"] == 0
 
 

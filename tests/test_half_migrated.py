@@ -39,7 +39,7 @@ E2ESAETrainingRunner(LanguageModelSAERunnerConfig(sae=sae, logger=LoggingConfig(
     [
         ({"sae": {"architecture": "topk"}}, "sae must be a TrainingSAEConfig of SAELens, got"),
         ({"logger": {"log_to_wandb": False}}, "logger must be a LoggingConfig of SAELens, got"),
-        ({"seqpos_slice": 4}, r"seqpos_slice must be \(start, stop\)"),
+        ({"seqpos_slice": 4}, "seqpos_slice must be a list of whole numbers or None, got 4"),
         ({"objective": "e2e+ds"}, r"e2e\+ds, for instance, is \{kl: 1, beta: 0\.004\}"),
     ],
 )

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,17 @@ def test_what_saelens_cannot_leave_out_is_refused_or_said(whole: Path, caplog: p
     with caplog.at_level(logging.WARNING):
         saes.attach(model)
     assert "early was trained on the positions (1, None), but is applied to all" in caplog.text
+
+
+def test_a_run_returns_a_mapping_as_saelens_does(tmp_path: Path):
+    saes = runner(tmp_path).run()
+    assert isinstance(saes, Mapping)
+    assert (list(saes), len(saes), "late" in saes, "nope" in saes) == (["early", "late"], 2, True, False)
+    assert {name: sae.cfg.d_sae for name, sae in saes.items()} == {"early": 24, "late": 32}
+    assert dict(saes) == saes.saes == dict(**saes)
+    assert saes == SAESet(dict(saes))
+    with pytest.raises(KeyError):
+        saes["nope"]
 
 
 def test_part_of_a_set(whole: Path):

@@ -91,7 +91,9 @@ def test_negative_and_non_finite_weights_are_refused_by_name(name: str, value: f
 @pytest.mark.parametrize("name", ["kl", "beta", "mse", "auxiliary"])
 @pytest.mark.parametrize("value", ["1", True, [1.0]])
 def test_weights_that_are_no_numbers_are_refused(name: str, value: Any):
-    with pytest.raises(ValueError, match=rf"Objective\.{name} must be a number, got .*{type(value).__name__}"):
+    with pytest.raises(
+        ValueError, match=rf"Objective\.{name} must be a number( or None)?, got .*{type(value).__name__}"
+    ):
         Objective(**{name: value})
 
 
@@ -126,7 +128,7 @@ def test_downstream_hooks_named_twice_are_refused():
 
 @pytest.mark.parametrize("hooks", ["blocks.2.hook_resid_pre", [1, 2]])
 def test_downstream_hooks_that_are_no_list_of_names_are_refused(hooks: Any):
-    with pytest.raises(ValueError, match="downstream_hooks must be a list of hook names"):
+    with pytest.raises(ValueError, match="downstream_hooks must be a list of strings or None, got"):
         Objective(beta=1, downstream_hooks=hooks)
 
 
@@ -160,7 +162,7 @@ def test_finetune_is_the_published_objective():
     [
         ({"balance_kl": True, "kl": 0.0, "mse": 1.0}, "balance_kl scales the KL .* needs kl > 0"),
         ({"balance_kl": True, "beta": 1.0}, "balance_kl scales the KL .* beta = 0"),
-        ({"balance_kl": 1}, "balance_kl must be True or False, got 1"),
+        ({"balance_kl": 2}, "balance_kl must be True or False, got 2"),
     ],
     ids=str,
 )

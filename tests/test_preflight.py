@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import proxy, runner_config, tiny_gpt2_model, tiny_hooked_transformer, tiny_llama_model, token_dataset
+from helpers import (
+    build_trainer,
+    proxy,
+    runner_config,
+    tiny_gpt2_model,
+    tiny_hooked_transformer,
+    tiny_llama_model,
+    token_batch,
+    token_dataset,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e2e_sae_plugin import E2ESAETrainingRunner, Objective, preflight
+from e2e_sae_plugin import E2ESAETrainingRunner, Objective, SweepConfig, SweepKind, preflight
 from e2e_sae_plugin import runner as runner_module
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.output_folder import mark_output
@@ -121,10 +131,8 @@ def test_valid_settings_are_accepted_in_every_combination(others: dict[str, Any]
 @pytest.mark.parametrize(
     ("chosen", "match"),
     [
-        ({"n_checkpoints": 3}, "n_checkpoints=3 has no effect without a checkpoint_path"),
         ({"keep_checkpoints": 3}, "keep_checkpoints=3 has no effect without a checkpoint_path"),
         ({"checkpoint_every_minutes": 5.0}, r"checkpoint_every_minutes=5\.0 has no effect without a checkpoint_path"),
-        ({"save_final_checkpoint": True}, "save_final_checkpoint=True has no effect without a checkpoint_path"),
         (
             {"resume_from_checkpoint": "auto"},
             "resume_from_checkpoint='auto' looks below checkpoint_path, which is None",
@@ -145,6 +153,89 @@ def test_valid_settings_are_accepted_in_every_combination(others: dict[str, Any]
 def test_settings_that_do_not_go_together_are_refused(chosen: dict[str, Any], match: str):
     with pytest.raises(ValueError, match=match):
         runner_config(**chosen)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("standard", "l1_warm_up_steps"), ("gated", "l1_warm_up_steps"), ("jumprelu", "l0_warm_up_steps")],
+)
+def test_a_warm_up_that_does_not_end_is_refused(architecture: str, name: str):
+    assert (
+        getattr(runner_config(architecture, sae={name: 9}).sae, name) == 9
+    )  # the tenth step has the whole coefficient
+    with pytest.raises(
+        ValueError, match=rf"sae\.{name}=10 does not end .* has 10 steps .* would reach 90 % of its value"
+    ):
+        runner_config(architecture, sae={name: 10})
+    base = {"model_name": "tiny", "hook_name": "blocks.1.hook_resid_pre", "context_size": 8, "training_tokens": 320}
+    sae = {"architecture": architecture, "d_in": 16, "d_sae": 32, name: 40}
+    with pytest.raises(ValueError, match=rf"sae\.{name}=40 does not end within the run"):
+        SweepConfig(
+            base={**base, "train_batch_size_tokens": 32, "sae": sae},
+            kinds={"e2e": SweepKind(Objective.e2e(), (0.1,))},
+            output_path="sweep",
+        )
+
+
+def test_the_coefficient_after_the_longest_warm_up_is_that_of_the_last_step():
+    config = runner_config(sae={"l1_warm_up_steps": 9, "l1_coefficient": 0.5})
+    trainer = build_trainer(config, data=iter(token_batch(seed=step) for step in range(10)))
+    while not trainer.is_done:
+        coefficient = trainer.get_coefficients()["l1"]
+        trainer.advance()
+    assert trainer.n_training_steps == config.n_steps == 10
+    assert coefficient == 0.5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "chosen", "expected"),
+    [
+        ("topk", {}, []),  # SAELens's defaults of 1,000 and 2,000 steps
+        ("topk", {"dead_feature_window": 9, "feature_sampling_window": 10}, []),
+        (
+            "topk",
+            {"feature_sampling_window": 11},
+            ["feature_sampling_window=11 is longer than the run of 10 steps: no feature sparsities"],
+        ),
+        (
+            "standard",
+            {"dead_feature_window": 10},
+            ["dead_feature_window=10 is not shorter than the run of 10 steps: no feature is counted as dead."],
+        ),
+        (
+            "topk",
+            {"objective": Objective.e2e(auxiliary=0.5)},
+            ["dead_feature_window=1000 is .* counted as dead, and objective.auxiliary has no effect."],
+        ),
+        (
+            "jumprelu",
+            {"sae": {"pre_act_loss_coefficient": 0.1}},
+            ["dead_feature_window=1000 is .* counted as dead, and sae.pre_act_loss_coefficient has no effect."],
+        ),
+        ("gated", {"objective": Objective.e2e(auxiliary=0.5)}, []),  # its term is for all features
+    ],
+    ids=str,
+)
+def test_windows_that_the_run_does_not_fill_are_named_where_they_were_asked_for(
+    architecture: str, chosen: dict[str, Any], expected: list[str], caplog: pytest.LogCaptureFixture
+):
+    runner_config(architecture, verbose=True, **chosen)
+    said = [record.getMessage() for record in caplog.records if "_window=" in record.getMessage()]
+    assert len(said) == len(expected)
+    for text, pattern in zip(said, expected, strict=True):
+        assert re.match(pattern, text)
+
+
+@pytest.mark.parametrize("chosen", [{"n_checkpoints": 3}, {"save_final_checkpoint": True}], ids=str)
+def test_checkpoints_of_saelens_without_a_path_are_accepted_and_write_nothing(
+    chosen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    config = runner_config(**chosen)
+    ((name, value),) = chosen.items()
+    assert f"{name}={value!r} writes no checkpoints: checkpoint_path is None." in caplog.text
+    E2ESAETrainingRunner(config, token_dataset(), tiny_hooked_transformer()).run()
+    assert list(tmp_path.iterdir()) == []
 
 
 # Folders.

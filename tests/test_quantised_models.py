@@ -141,7 +141,7 @@ def test_what_cannot_work_is_refused_when_the_config_is_made(monkeypatch: pytest
         ("AutoModelForCausalLM", {"quantization_config": {**EIGHT_BIT, **FOUR_BIT}}, "must set one of"),
         (
             "AutoModelForCausalLM",
-            {"quantization_config": {"load_in_4bit": True, "x": torch.float32}},
+            {"quantization_config": {"load_in_4bit": True, "x": object()}},
             "no file can keep",
         ),
         ("AutoModelForCausalLM", {"tp_plan": "auto"}, "tp_plan='auto' cannot be used"),

@@ -551,6 +551,11 @@ def test_the_summary_says_what_was_reached_and_where_it_lies(tmp_path: Path, cap
     assert "Trained a standard SAE (16 x 32) on blocks.1.hook_resid_pre for 10 steps, 320 tokens." in printed
     assert "CE loss increase" in printed
     assert str(tmp_path) in printed
+    assert "none counted as dead: the run is not longer than dead_feature_window=1,000 steps\n" in printed
+    build_runner(runner_config("topk", verbose=True)).run()
+    assert "dead_feature_window=1,000 steps, so the auxiliary loss has not acted" in capsys.readouterr().out
+    build_runner(runner_config("topk", verbose=True, dead_feature_window=3)).run()
+    assert re.search(r"  features   \d+ of 32 dead", capsys.readouterr().out)
 
 
 def test_exclude_special_tokens_leaves_them_out_of_training(tmp_path: Path):

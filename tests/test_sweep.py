@@ -6,7 +6,6 @@ import csv
 import errno
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -653,12 +652,26 @@ def test_the_parts_of_a_sweep_give_what_one_process_gives(tmp_path: Path):
         ),
     ],
 )
-def test_what_the_grid_sets_is_refused_in_the_base(
-    base: dict[str, Any], change: dict[str, Any], name: str, tmp_path: Path
+def test_what_the_grid_sets_replaces_the_base(
+    base: dict[str, Any], change: dict[str, Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     given = settings(tmp_path)
-    with pytest.raises(ValueError, match=rf"base\.{re.escape(name)} has no effect: the sweep sets it for each SAE"):
-        SweepConfig.from_dict({**given, "base": {**given["base"], **base}, **change})
+    replaced = SweepConfig.from_dict({**given, "base": {**given["base"], **base}, **change})
+    assert f"base.{name} is not used: the sweep sets it for each SAE." in caplog.text
+    expected = SweepConfig.from_dict({**given, **change}).members()
+    found = replaced.members()
+    assert found.keys() == expected.keys()
+    for key, member in expected.items():
+        assert found[key].config.to_dict() == member.config.to_dict()
+
+
+def test_the_file_of_a_single_run_is_a_base(tmp_path: Path):
+    config = runner_config("topk").to_dict()
+    cfg = SweepConfig.from_dict(
+        {"base": config, "kinds": {"e2e": {"objective": "e2e", "sparsities": [2, 6]}}, "output_path": str(tmp_path)}
+    )
+    ks = {name: member.config.to_dict()["sae"]["k"] for name, member in cfg.members().items()}
+    assert ks == {"e2e-2-seed42": 2, "e2e-6-seed42": 6}
 
 
 def test_a_file_in_the_place_of_the_output_folder_is_refused(tmp_path: Path):

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from e2e_sae_plugin.cache_folders import explained_cache_errors
 from e2e_sae_plugin.distributed import LostRankError, join, joined
 from e2e_sae_plugin.faults import NonFiniteError
 from e2e_sae_plugin.interruption import RunInterrupted
@@ -32,7 +33,8 @@ def run(command: str, function: Callable[[argparse.Namespace], None], args: argp
     try:
         if command not in ON_SEVERAL_RANKS:
             _check_alone(command)
-        function(args)
+        with explained_cache_errors():
+            function(args)
     except ValueError as error:
         _print_error(command, error)
         return 2

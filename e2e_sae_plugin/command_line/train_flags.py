@@ -69,7 +69,7 @@ FIELD_HELP = {
     "lp_norm": "The p of the sparsity term.",
     "apply_b_dec_to_input": "Subtract b_dec from the SAE's input.",
     "normalize_activations": "How the SAE's input is scaled before training; folded into its weights at the end.",
-    "reshape_activations": "hook_z puts the heads of an attention hook side by side.",
+    "reshape_activations": "Leave it: the finished SAE of all heads of a hook_z has hook_z.",
     "metadata": "Set by the run itself.",
     "sae_lens_version": "Set by SAELens itself.",
     "sae_lens_training_version": "Set by SAELens itself.",

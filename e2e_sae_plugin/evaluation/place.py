@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.util import get_special_token_ids
 from torch import Tensor, nn
@@ -155,6 +155,25 @@ def _can_be_centred(model: Any) -> bool:
             and getattr(config, "positional_embedding_type", None) != "shortformer"
         )
     return any(isinstance(module, nn.LayerNorm) for module in model.modules())
+
+
+def reads_all_heads(sae: SAE[Any]) -> bool:
+    """Return True for an SAE of a `hook_z` that is not of one head; SAELens reshapes for no other hook with heads."""
+    metadata = sae.cfg.metadata
+    return str(metadata.hook_name).endswith("_z") and metadata.hook_head_index is None
+
+
+def flatten_heads(sae: SAE[Any]) -> None:
+    """Set `reshape_activations="hook_z"` for an SAE that was trained on flattened heads.
+
+    A `HookedSAETransformer` passes `[..., n_heads, d_head]`, which the SAE flattens with this setting alone. In training
+    form it has no effect, as in SAELens, until the SAE is saved.
+    """
+    if not reads_all_heads(sae):
+        return
+    sae.cfg.reshape_activations = "hook_z"
+    if not isinstance(sae, TrainingSAE):
+        sae.turn_on_forward_pass_hook_z_reshaping()
 
 
 def same_model_name(first: str, second: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.checkpoint.identity import tokenizer_fingerprint
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.evaluation.metrics import reconstruct_with
 from e2e_sae_plugin.evaluation.place import same_model_name
 from e2e_sae_plugin.finetune.start import SPARSITY_COEFFICIENT, training_config
 
@@ -138,7 +140,7 @@ def check_not_overwritten(sae: SAE[Any], cfg: E2ESAERunnerConfig) -> None:
 
 
 @torch.no_grad()
-def implied_l1_coefficient(sae: SAE[Any], sae_in: Tensor) -> float:
+def implied_l1_coefficient(sae: SAE[Any], sae_in: Tensor, activation_shape: Sequence[int] | None = None) -> float:
     """The L1 coefficient at which the SAE would be at rest, from how far its reconstructions are shrunk.
 
     Where `||x - b - y||^2 + lambda * sum_i f_i ||d_i||` with `y = sum_i f_i d_i` is least, scaling all of `f` changes
@@ -146,16 +148,18 @@ def implied_l1_coefficient(sae: SAE[Any], sae_in: Tensor) -> float:
 
     Args:
         sae_in: activations `[tokens, d_in]` that the SAE reads.
+        activation_shape: see `reconstruct_with`.
     """
-    feature_acts = sae.encode(sae_in)
-    sae_out = sae.decode(feature_acts)
-    written = sae_out - sae.decode(torch.zeros_like(feature_acts))
+    feature_acts, sae_out = reconstruct_with(sae, activation_shape)(sae_in)
+    written = sae_out - sae.decode(torch.zeros_like(feature_acts)).flatten(1)
     shrinkage = 2 * ((sae_in - sae_out) * written).sum(-1).mean()
     l1 = (feature_acts * sae.W_dec.norm(dim=1)).sum(-1).mean()
     return float(shrinkage / l1) if float(l1) > 0 else 0.0
 
 
-def check_l1_coefficient(sae: SAE[Any], coefficient: float, sae_in: Tensor) -> None:
+def check_l1_coefficient(
+    sae: SAE[Any], coefficient: float, sae_in: Tensor, activation_shape: Sequence[int] | None = None
+) -> None:
     """Refuse an L1 coefficient of the metadata that this SAE cannot have been trained with as it is now.
 
     SAELens folds activations' estimated normalisation into the weights when it saves, but the coefficient in the metadata
@@ -164,7 +168,7 @@ def check_l1_coefficient(sae: SAE[Any], coefficient: float, sae_in: Tensor) -> N
     Raises:
         ValueError: names both coefficients.
     """
-    implied = implied_l1_coefficient(sae, sae_in)
+    implied = implied_l1_coefficient(sae, sae_in, activation_shape)
     if coefficient == 0 or not (1 / L1_TOLERANCE < implied / coefficient < L1_TOLERANCE):
         raise ValueError(
             f"The metadata say l1_coefficient={coefficient:.6g}, but the SAE's reconstructions are shrunk as by about "

@@ -17,6 +17,7 @@ from sae_lens.config import LoggingConfig
 from e2e_sae_plugin.architectures import AUXILIARY_FOR_DEAD_FEATURES, RUN_TIME_NORMALISATIONS
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.config_reading import read_numbers, require_known_keys
+from e2e_sae_plugin.config_values import plain
 from e2e_sae_plugin.finetune.checks import check_same_place
 from e2e_sae_plugin.finetune.start import training_config
 from e2e_sae_plugin.objective import Objective
@@ -76,8 +77,11 @@ def finetune_config(
     """
     known = {field.name for field in fields(E2ESAERunnerConfig)} - {"sae", "training_tokens"}
     require_known_keys(overrides, known, "the overrides of finetune_config")
-    overrides = read_numbers(overrides, E2ESAERunnerConfig, "the overrides")
-    _check_numbers({"training_tokens": training_tokens, "evaluation_tokens": evaluation_tokens, **overrides})
+    overrides = read_numbers(plain(overrides), E2ESAERunnerConfig, "the overrides")
+    lengths = plain({"training_tokens": training_tokens, "evaluation_tokens": evaluation_tokens})
+    overrides = _read_lengths({**lengths, **overrides})
+    training_tokens, evaluation_tokens = overrides.pop("training_tokens"), overrides.pop("evaluation_tokens")
+    model_dtype, sae_settings, lora_rank = plain((model_dtype, sae_settings, lora_rank))
     if model_dtype not in (None, *DTYPES):
         raise ValueError(f"model_dtype must be one of {list(DTYPES)}, or None for the default, got {model_dtype!r}.")
     if trained not in get_args(Trained):
@@ -108,8 +112,9 @@ def finetune_config(
     return cfg
 
 
-def _check_numbers(settings: Mapping[str, Any]) -> None:
-    """What lengths are computed from has to be whole and positive."""
+def _read_lengths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What lengths are computed from, whole and positive."""
+    read = dict(settings)
     for name in (
         "training_tokens", "evaluation_tokens", "context_size", "train_batch_size_tokens", "store_batch_size_prompts",
         "eval_batch_size_prompts",
@@ -119,6 +124,9 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
             raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}.")
+        if name in read:
+            read[name] = int(value)
+    return read
 
 
 def _place(sae: SAE[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from e2e_sae_plugin.checkpoint.folder import whole_files, write_whole
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation import SpliceMetrics, encode_with, measure, reconstruct_with
-from e2e_sae_plugin.evaluation.place import check_centred
+from e2e_sae_plugin.evaluation.place import check_centred, flatten_heads
 from e2e_sae_plugin.finetune.checks import (
     check_given_model,
     check_l1_coefficient,
@@ -203,8 +203,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
             self.spliced_model, self.report_tokens[:batch_size], hidden=False, downstream=False, **places
         )
         x = micro.sae_in(head_index).to(self.original.W_dec.device, self.original.W_dec.dtype)
-        if not self.original.hook_z_reshaping_mode:
-            check_l1_coefficient(self.original, float(coefficient), x)
+        check_l1_coefficient(self.original, float(coefficient), x, self._activation_shape)
 
     def _evaluate(self, trainer: E2ESAETrainer) -> dict[str, float]:
         found = super()._evaluate(trainer)
@@ -247,6 +246,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
             training_tokens=self.trainer.n_training_samples,
             trained_parameters=sorted(self.trainer.trained_parameters()),
         )
+        flatten_heads(finished)
         return finished
 
     def save_final_sae(

@@ -22,6 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from e2e_sae_plugin.cache_folders import cache_problem
+
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -184,7 +186,7 @@ def _reason(error: Exception, status: int | None) -> tuple[str, str | None]:
             None,
         )
     if isinstance(error, OSError):
-        return f"{error.strerror or type(error).__name__}.", None
+        return cache_problem(error) or f"{error.strerror or type(error).__name__}.", None
     return f"something failed on this side, or the Hub's answer was not understood ({type(error).__name__}).", None
 
 

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from e2e_sae_plugin.architectures import NAMES_EVERY_LOSS, TOKEN_SEPARABLE, WITH_AUXILIARY
 from e2e_sae_plugin.config import E2ESAERunnerConfig, read_yaml, require_known_keys
+from e2e_sae_plugin.config_values import plain, require_writable
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.sweep.config import NAME, SPARSITY_FIELD, SweepMember
 from e2e_sae_plugin.sweep.shared_settings import shared_settings
@@ -78,6 +79,7 @@ class MultiE2ESAERunnerConfig:
         checkpoint_path: str | Path | None = "auto",
         **shared: Any,
     ):
+        mode, agreement, shared = plain(mode), plain(agreement), plain(shared)
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {list(get_args(Mode))}, got {mode!r}.")
         for key in _SINGLE:
@@ -88,9 +90,9 @@ class MultiE2ESAERunnerConfig:
         require_known_keys(shared, {*E2ESAERunnerConfig.__dataclass_fields__} - {*_SINGLE}, "the run")
         self.mode: Mode = mode
         self.saes = {name: _as_dict(name, sae) for name, sae in _mapping("saes", saes).items()}
-        self.frozen = {name: os.fspath(path) for name, path in _mapping("frozen", frozen or {}).items()}
-        self.hook_names = self._hooks(hook_names)
-        self.hook_head_indices = dict(_mapping("hook_head_indices", hook_head_indices or {}))
+        self.frozen = plain(_mapping("frozen", frozen or {}))
+        self.hook_names = self._hooks(plain(hook_names))
+        self.hook_head_indices = plain(_mapping("hook_head_indices", hook_head_indices or {}))
         self.objective = _objective(objective)
         self.agreement = agreement
         for name, path in (("output_path", output_path), ("checkpoint_path", checkpoint_path)):
@@ -109,6 +111,7 @@ class MultiE2ESAERunnerConfig:
         self._check_mode()
         self.members()  # refuses what the configs refuse
         self._check_micro_batches()
+        require_writable(self.to_dict())
 
     def _hooks(self, given: Mapping[str, str] | str) -> dict[str, str]:
         if isinstance(given, str):
@@ -327,10 +330,10 @@ def _mapping(name: str, given: Any) -> Mapping[str, Any]:
 
 def _as_dict(name: str, sae: TrainingSAEConfig | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(sae, TrainingSAEConfig):
-        return {key: value for key, value in sae.to_dict().items() if key != "metadata"}
+        return {key: plain(value) for key, value in sae.to_dict().items() if key != "metadata"}
     if not isinstance(sae, Mapping):
         raise ValueError(f"saes.{name} must be a training config of SAELens, or a mapping of its fields; got {sae!r}.")
-    return dict(sae)
+    return plain(sae)
 
 
 def _objective(given: Objective | Mapping[str, Any] | str | None) -> Objective:

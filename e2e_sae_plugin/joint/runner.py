@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from e2e_sae_plugin.build import load_model_for
 from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import run_identity
+from e2e_sae_plugin.config_values import require_round_trip
 from e2e_sae_plugin.joint.config import MultiE2ESAERunnerConfig
 from e2e_sae_plugin.joint.joint_run import JointRun, load_frozen
 from e2e_sae_plugin.joint.sae_set import MANIFEST_FILENAME, SAESet, load_sae_set, write_manifest
@@ -45,6 +46,7 @@ class MultiE2ESAETrainingRunner:
 
     @own_torch_state()
     def __init__(self, cfg: MultiE2ESAERunnerConfig, override_model: Any = None, override_dataset: Any = None):
+        require_round_trip(cfg)
         self.cfg, self._model, self._dataset = cfg, override_model, override_dataset
 
     @own_torch_state()
@@ -119,7 +121,7 @@ class MultiE2ESAETrainingRunner:
         return load_sae_set(self.cfg.output_path)
 
     def _as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.cfg.to_dict(), default=str))
+        return json.loads(json.dumps(self.cfg.to_dict()))
 
     def _refuse_another_run(self) -> None:
         """The SAEs' own configs do not know of each other.

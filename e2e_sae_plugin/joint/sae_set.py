@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from e2e_sae_plugin.checkpoint.folder import write_whole
-from e2e_sae_plugin.evaluation.place import Place, check_width, place_of
+from e2e_sae_plugin.evaluation.place import Place, check_width, place_of, reads_all_heads
 from e2e_sae_plugin.finetune.start import load_quietly
 from e2e_sae_plugin.hub.load import load_pretrained, pretrained_ids
 from e2e_sae_plugin.joint.evaluate import JointEvaluation, measure_joint
@@ -29,12 +30,17 @@ MANIFEST_FILENAME = "sae_set.json"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class SAESet:
-    """SAEs that were trained together, or are to be used together.
+HOOKS_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_result")
+"""Of TransformerLens, besides `hook_z`, the only one whose heads SAELens flattens."""
+
+
+@dataclass(frozen=True, eq=False)
+class SAESet(Mapping[str, SAE[Any]]):
+    """SAEs that were trained together, or are to be used together: a mapping from their names, in the model's order.
 
     ```python
     saes = load_sae_set("output/joint")          # or a Hub repository
+    print({name: sae.cfg.d_sae for name, sae in saes.items()})
     model = saes.attach(HookedSAETransformer.from_pretrained("gpt2-small"))
     model.generate("The", max_new_tokens=20)     # runs through all of them
     ```
@@ -44,6 +50,15 @@ class SAESet:
     """By name, in the model's order."""
     training: dict[str, Any] = field(default_factory=dict)
     """How they were trained: the mode and what it says of it; empty where that is not known."""
+
+    def __getitem__(self, name: str) -> SAE[Any]:
+        return self.saes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.saes)
+
+    def __len__(self) -> int:
+        return len(self.saes)
 
     def attach(self, model: Any, use_error_term: bool | None = None) -> Any:
         """Put all SAEs into `model`, and return it; `model.reset_saes()` takes them out again.
@@ -55,11 +70,12 @@ class SAESet:
 
         Special tokens that an SAE leaves out (its metadata say so) it leaves out here too, in a `HookedSAETransformer`.
         SAELens has nothing for positions (`seqpos_slice`), nor a bridge for tokens: a warning says which SAEs then apply
-        everywhere.
+        everywhere. In a `HookedSAETransformer` an SAE of a `hook_z` starts to reshape heads if it did not
+        (`reshape_activations`).
 
         Raises:
-            ValueError: another kind of model, one without a hook of these, or an SAE of one head, which SAELens would apply
-                to all heads; nothing is attached then.
+            ValueError: If `model` is of another kind or lacks a hook, if an SAE is of one head, which SAELens would apply to
+                all heads, or if it reads all heads of another hook than `hook_z`. Nothing is attached then.
         """
         if not callable(getattr(model, "add_sae", None)):
             raise ValueError(
@@ -67,15 +83,10 @@ class SAESet:
                 f"{type(model).__name__}."
             )
         for name, sae in self.saes.items():
-            # Where an SAE is attached already, the model knows the hook by that.
-            if sae.cfg.metadata.hook_name not in {*model.hook_dict, *getattr(model, "_acts_to_saes", {})}:
-                raise ValueError(f"The model has no hook {sae.cfg.metadata.hook_name!r}, where the SAE {name!r} sits.")
-            if sae.cfg.metadata.hook_head_index is not None:
-                raise ValueError(
-                    f"The SAE {name!r} is of head {sae.cfg.metadata.hook_head_index} alone, and SAELens would apply it to "
-                    "all heads of the model. Use evaluate, which applies it to its head, or hooks of your own."
-                )
+            _check_attachable(name, sae, model)
         for name, sae in self.saes.items():
+            if _must_reshape(sae, model):
+                sae.turn_on_forward_pass_hook_z_reshaping()
             model.add_sae(sae, use_error_term=use_error_term, **_left_out(name, sae, model))
         return model
 
@@ -99,6 +110,35 @@ class SAESet:
             seqpos_slice=place.seqpos_slice,
             excluded=place.excluded_tensor(),
         )
+
+
+def _check_attachable(name: str, sae: SAE[Any], model: Any) -> None:
+    hook, head = str(sae.cfg.metadata.hook_name), sae.cfg.metadata.hook_head_index
+    resolve = getattr(model, "_resolve_hook_name", str)  # of a bridge, whose `hook_dict` has no aliases
+    # Where an SAE is attached already, the model knows the hook by that.
+    if hook not in model.acts_to_saes and resolve(hook) not in model.hook_dict:
+        raise ValueError(f"The model has no hook {hook!r}, where the SAE {name!r} sits.")
+    if head is not None:
+        raise ValueError(
+            f"The SAE {name!r} is of head {head} alone, and SAELens would apply it to all heads of the model. Use evaluate, "
+            "which applies it to its head, or hooks of your own."
+        )
+    if hook.endswith(HOOKS_WITH_HEADS) and _passes_heads(model) and sae.cfg.d_in != model.cfg.d_head:
+        raise ValueError(
+            f"The SAE {name!r} reads all heads of {hook!r}, which SAELens flattens for no hook but hook_z. Use evaluate, or "
+            "hooks of your own."
+        )
+
+
+def _passes_heads(model: Any) -> bool:
+    """Return True for a `HookedSAETransformer`; a bridge passes SAEs flattened heads."""
+    return isinstance(model, HookedTransformer)
+
+
+def _must_reshape(sae: SAE[Any], model: Any) -> bool:
+    """Return True for an SAE of flattened heads that was saved without saying so, or is in training form."""
+    is_shared_by_heads = sae.cfg.d_in == getattr(model.cfg, "d_head", None)
+    return _passes_heads(model) and reads_all_heads(sae) and not (sae.hook_z_reshaping_mode or is_shared_by_heads)
 
 
 def _left_out(name: str, sae: SAE[Any], model: Any) -> dict[str, Any]:

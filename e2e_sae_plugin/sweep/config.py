@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, read_yaml, require_known_keys
+from e2e_sae_plugin.config_values import read_fields
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.sweep.shared_settings import shared_settings
+
+logger = logging.getLogger(__name__)
 
 SPARSITY_FIELD = {
     "standard": "l1_coefficient",
@@ -53,6 +57,9 @@ class SweepKind:
     objective: Objective
     sparsities: tuple[float, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read_fields(self)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,8 @@ class SweepConfig:
     Each SAE is the one that `E2ESAETrainingRunner` trains with its own config (`members`) on the same data.
 
     Args:
-        base: the settings that all share. Its objective, sparsity and seed are replaced by the grid's.
+        base: the settings that all share, such as the config of a single run. Its objective and sparsity are replaced by the
+            kinds', its seed and hook by `seeds` and `hook_names`.
         kinds: the objectives with their sparsities, by the name that reports will show.
         output_path: gets one SAE folder per member, named as in `members`.
         seeds: of the SAEs' initial weights. Default: the base's.
@@ -122,6 +130,7 @@ class SweepConfig:
     checkpoint_path: str | Path | None = "auto"
 
     def __post_init__(self) -> None:
+        read_fields(self)
         paths = {"output_path": self.output_path}
         if self.checkpoint_path is not None:
             paths["checkpoint_path"] = self.checkpoint_path
@@ -148,23 +157,20 @@ class SweepConfig:
         """The base as a dict of its own, without what the sweep says for each SAE."""
         base = shared_settings(self.base, prefix="base.", what="a sweep")
         if isinstance(self.base, Mapping):  # of a config, whose fields all have a value, nothing is known to be meant
-            self._refuse_what_the_grid_sets(base)
+            self._warn_of_what_the_grid_sets(base)
         return base
 
-    def _refuse_what_the_grid_sets(self, base: dict[str, Any]) -> None:
-        sae = base.get("sae")
-        architecture = sae.get("architecture", "") if isinstance(sae, Mapping) else ""
-        given = {
-            "objective": ("objective" in base, "kinds"),
-            "seed": ("seed" in base and self.seeds is not None, "seeds"),
-            f"sae.{SPARSITY_FIELD.get(architecture)}": (
-                isinstance(sae, Mapping) and SPARSITY_FIELD.get(architecture) in sae,
-                "kinds, as sparsities",
-            ),
-        }
-        for name, (is_given, where) in given.items():
-            if is_given:
-                raise ValueError(f"base.{name} has no effect: the sweep sets it for each SAE. Set it in {where} alone.")
+    def _warn_of_what_the_grid_sets(self, base: dict[str, Any]) -> None:
+        """A base may be the file of a single run, whose objective and sparsity say nothing here."""
+        sae = base.get("sae") or {}
+        sparsity = SPARSITY_FIELD.get(sae.get("architecture", ""))
+        replaced = ["objective"] if "objective" in base else []
+        if "seed" in base and self.seeds is not None:
+            replaced.append("seed")
+        if sparsity in sae:
+            replaced.append(f"sae.{sparsity}")
+        for name in replaced:
+            logger.warning("base.%s is not used: the sweep sets it for each SAE.", name)
 
     def _check_kind(self, name: str, kind: SweepKind) -> None:
         if not NAME.fullmatch(name):

@@ -9,6 +9,7 @@ from typing import Any
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.config_reading import read_numbers, require_known_keys
+from e2e_sae_plugin.config_values import plain, require_writable
 
 
 def shared_settings(given: Mapping[str, Any] | E2ESAERunnerConfig, *, prefix: str, what: str) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def shared_settings(given: Mapping[str, Any] | E2ESAERunnerConfig, *, prefix: st
     Raises:
         ValueError: a setting that is not known, or that would have no effect or is refused for SAEs side by side.
     """
-    base = given.to_dict() if isinstance(given, E2ESAERunnerConfig) else dict(given)
+    base = given.to_dict() if isinstance(given, E2ESAERunnerConfig) else plain(given)
     for name in ("checkpoint_path", "output_path", "sae_lens_version"):
         base.pop(name, None)
     where = prefix.rstrip(".") or "config"
@@ -37,6 +38,7 @@ def shared_settings(given: Mapping[str, Any] | E2ESAERunnerConfig, *, prefix: st
             "Biases. Each of them writes metrics.jsonl into its folder; set log_to_wandb to False."
         )
     _refuse(base, prefix, what)
+    require_writable(base, prefix)
     every = base.get("checkpoint_every_minutes")
     if every is not None and (isinstance(every, bool) or not 0 < every < math.inf):
         raise ValueError(
