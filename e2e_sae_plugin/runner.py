@@ -28,7 +28,9 @@ from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerpri
 from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
-from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
+from e2e_sae_plugin.data import DataSettings, LoadedData, loaded_data
+from e2e_sae_plugin.data.load import check_tokenized_for
+from e2e_sae_plugin.demo.bundled import bundled_model
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.hub.finished_run import push_finished_run, warn_without_token
@@ -85,7 +87,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     def __init__(
         self,
         cfg: E2ESAERunnerConfig,
-        override_dataset: HfDataset | None = None,
+        override_dataset: HfDataset | LoadedData | None = None,
         override_model: Any = None,
         override_sae: TrainingSAE[Any] | None = None,
         override_evaluation_tokens: Tensor | None = None,
@@ -114,7 +116,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     def _load(
         self,
         cfg: E2ESAERunnerConfig,
-        override_dataset: HfDataset | None,
+        override_dataset: HfDataset | LoadedData | None,
         override_model: Any,
         override_sae: TrainingSAE[Any] | None,
         override_evaluation_tokens: Tensor | None,
@@ -125,11 +127,10 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.leads:
             warn_without_token(cfg)
         check_device(cfg)
-        by_name = tuple(n for n, given in (("model", override_model), ("dataset", override_dataset)) if given is None)
+        is_named = {"model": override_model is None, "dataset": override_dataset is None}
+        by_name = tuple(name for name, named in is_named.items() if named)
         if override_model is None:
             override_model = bundled_model(cfg.model_name, cfg.llm_device or str(cfg.device))
-        if override_dataset is None:
-            override_dataset = bundled_dataset(cfg.dataset_path, cfg.context_size)
         self.identity = run_identity(override_model, override_sae)
         self.is_finished = cfg.resume_from_checkpoint == AUTO and output_is_finished(cfg, self.identity)
         self.has_run = False
@@ -146,11 +147,12 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             sae = Shard(self.ranks, cfg.sae.d_sae).cut(sae)
         if override_model is None:
             check_model_shape(cfg)
+        self.data = loaded_data(DataSettings.of(cfg), override_dataset, cfg.context_size)
         own_model = load_model_for(cfg) if override_model is None else None
-        with reading_dataset(cfg, override_dataset), quiet_override_warning(bool(by_name), by_name):
+        with reading_dataset(self.data.dataset, self.data.name), quiet_override_warning(bool(by_name), by_name):
             super().__init__(
                 cfg,
-                override_dataset=override_dataset,
+                override_dataset=self.data.dataset,
                 override_model=override_model if own_model is None else own_model,
                 override_sae=sae,
             )
@@ -304,7 +306,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 self.model, self.cfg, override_dataset=self.activations_store.dataset
             )
         self.activations_store = self.evaluator.activations_store = store
-        return cast(SeekableActivationsStore, store)
+        store = cast(SeekableActivationsStore, store)
+        store.source = self.data.name
+        if store.is_dataset_tokenized and self.data.settings is not None:
+            check_tokenized_for(self.data.settings.dataset_path, getattr(self.model, "tokenizer", None))
+        return store
 
     def _build_trainer(self) -> E2ESAETrainer:
         output = self.cfg.output_path

@@ -94,7 +94,7 @@ class JointRun(SweepRunner):
         runners, batches = super()._build(waiting, resumed)
         self._runners = {name: runner for name, runner in runners.items() if isinstance(runner, JointMemberRunner)}
         first = next(iter(self._runners.values()))
-        self.model, self.dataset = first.model, first.activations_store.dataset
+        self.model, self.dataset = first.model, first.data
         self._splice = self._joint_splice()
         self._log = self._open_log(first, resumed)
         told = {"names": list(self._splice.places), "training": self._training()}
