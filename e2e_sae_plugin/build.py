@@ -191,19 +191,18 @@ def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAER
 
 
 @contextmanager
-def reading_dataset(cfg: E2ESAERunnerConfig, override_dataset: Any) -> Iterator[None]:
+def reading_dataset(dataset: Any, name: str) -> Iterator[None]:
     """Turn what the host makes of a dataset without rows (a bare `StopIteration`; an empty `override_dataset` counts as
     none) into an error that says so. Its warning of too few samples compares rows with tokens; the token stream says when
     an epoch begins."""
     try:
-        if override_dataset is not None and hasattr(override_dataset, "__len__") and not len(override_dataset):
+        if hasattr(dataset, "__len__") and not len(dataset):
             raise StopIteration
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The training dataset contains fewer samples")
             yield
     except StopIteration:
-        which = f"dataset_path={cfg.dataset_path!r}" if override_dataset is None else "override_dataset"
-        raise ValueError(f"{which} has no rows, so the dataset ran out before one batch. Use one with data.") from None
+        raise ValueError(f"{name} has no rows, so the dataset ran out before one batch. Use one with data.") from None
 
 
 @contextmanager

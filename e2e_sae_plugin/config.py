@@ -6,7 +6,6 @@ No postponed annotations here: the command line is built from this class (simple
 import difflib
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,13 +21,12 @@ from e2e_sae_plugin.config_checks import check_schedule, check_shards, check_sha
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
 from e2e_sae_plugin.config_reading import names_of, read_numbers, read_yaml, require_known_keys
 from e2e_sae_plugin.config_values import read_fields, require_writable
+from e2e_sae_plugin.data.settings import DataSettings
 from e2e_sae_plugin.model_settings import check_model_settings
 from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
 
-FILE_KINDS = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "webdataset", "xml")
-"""Builders of `datasets`, which it looks for before folders."""
 MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
 
 
@@ -83,6 +81,12 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         max_skipped_steps (int): steps in a row with a loss or gradient that is not finite, all of them skipped, after
             which the run stops. Default 10.
         overwrite_output (bool): replace another run that `output_path` holds. Default False: it is refused.
+        split (str, optional): the dataset's split; None for "train", or the only one there is.
+        text_column (str, optional): the dataset's column of texts or of token ids; None to find it by name and type.
+        shuffle_seed (int, optional): shuffle the dataset's rows with this seed, before any are left out. Default None: they
+            stay in order. A streamed dataset is shuffled in a buffer, and resuming reads it again from its beginning.
+        skip_examples (int): rows left out at the beginning of the dataset. Default 0.
+        max_examples (int, optional): the most rows that are read in an epoch. Default None: all.
         push_to_hub (str, optional): the Hugging Face Hub repository, `owner/name`, that the finished SAE is uploaded to. A
             failing upload does not fail the run: the log says how to repeat it. Default None.
         hub_private (bool): a repository that is created for it is private. Default False.
@@ -113,6 +117,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     shard_dictionary: bool = False
     max_skipped_steps: int = 10
     overwrite_output: bool = False
+    split: str | None = None
+    text_column: str | None = None
+    shuffle_seed: int | None = None
+    skip_examples: int = 0
+    max_examples: int | None = None
     push_to_hub: str | None = None
     hub_private: bool = False
     hub_revision: str | None = None
@@ -165,13 +174,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             self.objective = Objective.from_dict(self.objective)
         if not isinstance(self.objective, Objective):
             raise ValueError(f"objective must be an Objective, got {self.objective!r}.")
-        if os.path.isfile(self.dataset_path):
-            raise ValueError(f"dataset_path={self.dataset_path!r} is a file. Give the folder that it lies in.")
-        if self.dataset_path in FILE_KINDS and os.path.isdir(self.dataset_path):
-            raise ValueError(
-                f"dataset_path={self.dataset_path!r} is a folder here, but datasets takes that name for a kind of file. "
-                f"Write {'./' + self.dataset_path!r}."
-            )
+        DataSettings.of(self)  # which checks them
         if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(
                 f"max_grad_norm must be a positive finite number, or None for no clipping, got {self.max_grad_norm!r}."

@@ -21,6 +21,7 @@ FIELDS_WITHOUT_EFFECT = frozenset(
         "llm_compilation_mode",
         "dead_feature_threshold",
         "hook_eval",
+        "dataset_trust_remote_code",
     }
 )
 # They would change the result, and have no counterpart here: an error when they differ from the host's default.
@@ -38,7 +39,7 @@ FIELDS_REFUSED = {
 FIELDS_KEPT = frozenset(
     {
         "adam_beta1", "adam_beta2", "autocast", "autocast_lm", "checkpoint_path", "compile_sae",
-        "context_size", "dataset_path", "dataset_trust_remote_code", "dead_feature_window", "device",
+        "context_size", "dataset_path", "dead_feature_window", "device",
         "disable_concat_sequences", "eval_batch_size_prompts", "exclude_special_tokens",
         "feature_sampling_window", "from_pretrained_path", "hook_head_index", "hook_name",
         "is_dataset_tokenized", "llm_device",

@@ -31,6 +31,7 @@ install_import_hook(
             "checkpoint.resume",
             "checkpoint.run_folder",
             "checkpoint.state",
+            "data",
             "evaluation",
             "faults",
             "interruption",

@@ -104,7 +104,7 @@ def test_a_folder_of_checkpoints_is_refused_with_the_nearest_sae(folder: Path, c
     Path("ck/run/99999/cfg.json").write_text("{}")  # without weights
     for command in (["evaluate", "ck"], ["push", "me/demo", "ck", "--dry-run"]):
         assert main(command) == 2
-        assert "has a cfg.json. Did you mean ck/run/10240?" in capsys.readouterr().err
+        assert "nor does a folder in it. Did you mean ck/run/10240?" in capsys.readouterr().err
     Path("deep").mkdir()
     Path("ck").rename("deep/ck")
     assert main(["evaluate", "deep"]) == 2
@@ -278,7 +278,7 @@ def test_a_damaged_sae_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     weights = folder / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert main(["evaluate", str(folder)]) == 2
-    assert f"The SAE in {str(folder)!r} is damaged" in capsys.readouterr().err
+    assert f"The SAE in {str(folder)!r} is corrupt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ IDLE_VALUES: dict[str, Any] = {
     "dead_feature_threshold": 1e-3,
     "hook_eval": "something",
     "is_dataset_tokenized": False,
+    "dataset_trust_remote_code": False,
 }
 
 

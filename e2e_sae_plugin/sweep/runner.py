@@ -220,7 +220,7 @@ class SweepRunner:
                     self._model, position = first.model, first.tokens.store.position()
                 else:
                     runners[name] = self.member_class(
-                        member, first.model, first.activations_store.dataset, first.evaluation_tokens, checkpoint
+                        member, first.model, first.data, first.evaluation_tokens, checkpoint
                     )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
