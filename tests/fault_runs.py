@@ -160,6 +160,7 @@ def join(process: BaseProcess) -> None:
 
 def finish(process: BaseProcess, folder: Path, began: float) -> Outcome:
     join(process)
+    assert process.exitcode is not None
     return Outcome(process.exitcode, time.monotonic() - began, (folder / "log").read_text() if folder.exists() else "")
 
 

@@ -75,6 +75,7 @@ def test_kl_and_gradient_are_those_of_fp64(
     assert relative(leaf.grad, gradient) < GRADIENT
     # A model's own logits, rounded to its dtype, miss this by far where they lie near -100: or the test shows nothing.
     if shift and dtype == torch.bfloat16:
+        assert head.bias is not None
         own = [head.shape(h @ head.weight.T + head.bias).float().log_softmax(1) for h in (clean, spliced)]
         rounded = (own[0].exp() * (own[0] - own[1])).sum()
         assert relative(rounded, expected) > 5 * VALUE

@@ -180,6 +180,7 @@ def test_a_warm_up_that_does_not_end_is_refused(architecture: str, name: str):
 def test_the_coefficient_after_the_longest_warm_up_is_that_of_the_last_step():
     config = runner_config(sae={"l1_warm_up_steps": 9, "l1_coefficient": 0.5})
     trainer = build_trainer(config, data=iter(token_batch(seed=step) for step in range(10)))
+    coefficient = 0.0
     while not trainer.is_done:
         coefficient = trainer.get_coefficients()["l1"]
         trainer.advance()

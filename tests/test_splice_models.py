@@ -51,11 +51,13 @@ def falcon() -> transformers.FalconForCausalLM:
 def gemma4() -> transformers.Gemma4ForCausalLM:
     """The last two of six layers read keys and values that the layers 2 and 3 have made."""
     torch.manual_seed(0)
+    settings: dict[str, Any] = {"global_head_dim": D_HEAD}  # which its signature does not have
     config = transformers.Gemma4TextConfig(
         hidden_size=D_MODEL, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1, head_dim=D_HEAD,
-        global_head_dim=D_HEAD, vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY,
+        vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY,
         hidden_size_per_layer_input=4, intermediate_size=32, num_kv_shared_layers=2, sliding_window=4, pad_token_id=3,
         layer_types=["sliding_attention", "full_attention"] * 3, max_position_embeddings=N_CTX,
+        **settings,
     )  # fmt: skip
     return randomise(transformers.Gemma4ForCausalLM(config))
 
@@ -129,8 +131,9 @@ def test_a_spliced_pass_is_the_models_own_with_the_activation_replaced(case: str
 
 
 def test_a_hook_has_what_it_saw_and_not_what_the_model_made_of_it():
-    model, seen = falcon(), []
-    mlp = model.transformer.h[1].mlp
+    model: Any = falcon()
+    seen: list[Tensor] = []
+    mlp: Any = model.transformer.h[1].mlp
     handle = mlp.register_forward_hook(lambda *arguments: seen.append(arguments[2].clone()))
     tokens = token_batch()
     with torch.no_grad():
@@ -241,7 +244,7 @@ def test_hooks_that_a_user_left_on_the_model_are_named(caplog: pytest.LogCapture
     model = tiny_hooked_transformer()
     splice_into(model, HOOK)
     assert warnings_of(caplog) == ""
-    model.add_hook("blocks.0.hook_mlp_out", lambda activation, hook: 0 * activation)  # noqa: ARG005
+    model.add_hook("blocks.0.hook_mlp_out", lambda tensor, *, hook: 0 * tensor)  # noqa: ARG005
     splice_into(model, HOOK)
     splice_into(model, HOOK)
     said = warnings_of(caplog)
