@@ -27,6 +27,9 @@ from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
 
+RECIPE_LOCAL_FIRST = 0.8
+"""Measured on the bundled model with TopK, BatchTopK, ReLU and JumpReLU SAEs (docs/guides/objectives.md)."""
+RECIPE_MIN_STEPS = 10
 MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
 
 
@@ -43,13 +46,17 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     evaluated every `logger.wandb_log_frequency * logger.eval_every_n_wandb_logs` steps, with Weights & Biases or not.
 
     Args:
-        objective (Objective): what is minimised besides the SAE's own sparsity terms. Default: the KL alone.
+        objective (Objective): what is minimized besides the SAE's own sparsity terms. Default: `Objective.finetune()`, KL
+            and squared error in equal parts, so that learning rates and sparsity coefficients keep the meaning that they
+            have in SAELens.
         max_grad_norm (float, optional): the norm that all the SAE's gradients are clipped to. Default 1.0, which is
             fixed in SAELens; the paper used 10. None disables clipping.
         local_first (float): share of `training_tokens`, in [0, 1), that is trained with `Objective.local()` before
             `objective` takes over. Local steps cost a fraction of end-to-end ones, and the rest of the run starts from
-            features that exist. Default 0. Needs an architecture that fixes L0 by itself (TopK's family, matching
-            pursuit) or `objective.mse` > 0: an L1 or L0 coefficient that balances a squared error does not balance a KL.
+            features that exist. Default: 0.8 with `Objective.finetune()` and a new SAE, and a constant learning rate without
+            decay then decays to 0 over the rest of the run; else 0. Needs an architecture that fixes L0 by itself (TopK's
+            family, matching pursuit) or `objective.mse` > 0: an L1 or L0 coefficient that balances a squared error does not
+            balance a KL.
         b_dec_init_method (str): where `b_dec` starts: "mean", the mean of the activations (normalized as the SAE trains on
             them) over about 32,768 tokens, or "zeros" as in SAELens. Default "auto": the mean for a new SAE; for one with
             weights already (`from_pretrained_path`, `override_sae`), the `b_dec` that it has. From zeros, features are spent
@@ -102,9 +109,9 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             expected and what to do.
     """
 
-    objective: Objective = field(default_factory=Objective)
+    objective: Objective = field(default_factory=Objective.finetune)
     max_grad_norm: float | None = 1.0
-    local_first: float = 0.0
+    local_first: float = None  # pyright: ignore[reportAssignmentType] (until `__post_init__`, which fills it in)
     b_dec_init_method: Literal["auto", "mean", "zeros"] = "auto"
     frozen_parameters: tuple[str, ...] = ()
     keep_decoder_norms: bool = False
@@ -152,6 +159,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         check_model_settings(
             self.model_class_name, self.model_from_pretrained_kwargs, str(self.device), self.llm_device
         )
+        self._choose_local_first()
         verbose, self.verbose = self.verbose, False  # what the host prints is about its activation buffer
         super().__post_init__()
         self.verbose = verbose
@@ -203,6 +211,21 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         metadata = sae.pop("metadata")
         require_writable(sae, "sae.")
         require_writable(metadata, "sae.metadata.")
+
+    def _choose_local_first(self) -> None:
+        """Fill in what `local_first=None` stands for, and the decay that belongs to it."""
+        if self.local_first is not None:
+            return
+        self.local_first = 0.0
+        n_steps = self.training_tokens // max(self.train_batch_size_tokens, 1)
+        is_recipe = self.objective.balance_kl and self.objective.mse > 0
+        if not is_recipe or self.from_pretrained_path is not None or n_steps < RECIPE_MIN_STEPS:
+            return
+        self.local_first = RECIPE_LOCAL_FIRST
+        n_decay = n_steps - math.ceil(RECIPE_LOCAL_FIRST * n_steps)
+        has_schedule = self.lr_scheduler_name != "constant" or self.lr_decay_steps > 0
+        if not has_schedule and self.lr_warm_up_steps + n_decay <= n_steps:
+            self.lr_decay_steps = n_decay
 
     def _check_batch(self) -> None:
         per_sequence, batch = self.training_context_size, self.train_batch_size_tokens
@@ -327,7 +350,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         if "objective" in cfg_dict:
             objective = cfg_dict["objective"]
             cfg_dict["objective"] = Objective.from_dict(
-                objective if isinstance(objective, str) else read_numbers(objective, Objective, "objective")
+                objective if isinstance(objective, str | Objective) else read_numbers(objective, Objective, "objective")
             )
         for name in ("seqpos_slice", "frozen_parameters"):
             if name in cfg_dict:

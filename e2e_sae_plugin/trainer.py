@@ -34,6 +34,7 @@ from e2e_sae_plugin.interruption import StopRequest
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.ranked_step import with_all_tokens
+from e2e_sae_plugin.sparsity_scale import SparsityScale
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.step import SplicedStepTrainer
 from e2e_sae_plugin.torch_state import own_torch_state
@@ -89,6 +90,7 @@ class E2ESAETrainer(SplicedStepTrainer):
             cfg, sae, spliced_model, data_provider, metrics_log, save_checkpoint_fn, excluded_tokens, ranks
         )
         self.held_out_evaluator = held_out_evaluator
+        self._sparsity_scale = SparsityScale(cfg)
         self.last_evaluation: dict[str, float] = {}
         self.checkpointer = Checkpointer(run_folder, cfg.checkpoint_every_minutes)
         self.identity = identity or {}
@@ -176,6 +178,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         output = self.step(batch)
         self.n_training_steps += 1  # at once: what follows may fail, but the step is done
         self._batch_is_pending = False
+        self._sparsity_scale.see(output, self.n_training_steps - 1)
         if logs:
             self._log(self._step_metrics(output), self.n_training_steps - 1)
         if evaluates:

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from e2e_sae_plugin.architectures import SPARSITY_COEFFICIENT
 from e2e_sae_plugin.command_line.sae_flags import DATA_FLAGS
 from e2e_sae_plugin.finetune.recipe import finetune_config
 from e2e_sae_plugin.finetune.runner import FinetuneRunner
-from e2e_sae_plugin.finetune.start import SPARSITY_COEFFICIENT, load_sae
+from e2e_sae_plugin.finetune.start import load_sae
 from e2e_sae_plugin.preflight import device_or_default
 
 

@@ -14,12 +14,11 @@ from sae_lens import SAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
+from e2e_sae_plugin.architectures import SPARSITY_COEFFICIENT
 from e2e_sae_plugin.hub.foreign import read_sae
 from e2e_sae_plugin.hub.load import load_pretrained
 
 ESTIMATED_NORMALISATIONS = ("expected_average_only_in", "covariance_whitening")
-# The setting that keeps an architecture sparse while its weights move. Those that fix L0 by themselves have none.
-SPARSITY_COEFFICIENT = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
 
 def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: str = "cpu") -> SAE[Any]:
