@@ -347,11 +347,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         logging_dict = dict(cfg_dict.get("logger") or {})
         require_known_keys(logging_dict, {f.name for f in fields(LoggingConfig)}, "logger")
         cfg_dict["logger"] = LoggingConfig(**logging_dict)
-        if "objective" in cfg_dict:
-            objective = cfg_dict["objective"]
-            cfg_dict["objective"] = Objective.from_dict(
-                objective if isinstance(objective, str | Objective) else read_numbers(objective, Objective, "objective")
-            )
+        objective = cfg_dict.get("objective")
+        if isinstance(objective, Mapping):
+            objective = read_numbers(objective, Objective, "objective")
+        if isinstance(objective, Mapping | str):
+            cfg_dict["objective"] = Objective.from_dict(objective)
         for name in ("seqpos_slice", "frozen_parameters"):
             if name in cfg_dict:
                 cfg_dict[name] = tuple(cfg_dict[name])
