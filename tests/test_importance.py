@@ -82,8 +82,8 @@ def exact_of(found: FeatureImportance) -> Tensor:
     return torch.tensor([found.exact[i] for i in range(len(found.kl))], dtype=torch.float64)
 
 
-# A KL of 1e-6 is that of logits which differ by 1e-3. They are of size 8, so float32 leaves of the difference 8 * EPS / 1e-3,
-# a thousandth, and of the KL, its square, two; times five, for what comes before the logits.
+# A KL of 1e-6 is that of logits which differ by 1e-3. They are of size 8, so float32 leaves 8 * EPS / 1e-3 of the
+# difference, a thousandth, and two of the KL, its square; times five, for what comes before the logits.
 SMALL_KL = 1e-2
 
 
