@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import D_MODEL, N_LAYERS, tiny_hooked_transformer, token_batch
-from rounding import assert_equal_sums
+from helpers import tiny_hooked_transformer, token_batch
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -71,8 +70,9 @@ def test_native_blocks_compute_what_the_models_own_compute(overrides: dict[str, 
     own = hidden_and_gradient(spliced_model, token_batch(3), native=False)
     native = hidden_and_gradient(spliced_model, token_batch(3), native=True)
     for ours, expected in zip(native, own, strict=True):
-        assert_equal_sums(ours, expected, 2 * N_LAYERS * 8 * D_MODEL)  # of both passes, one after the other
-        assert expected.abs().max() > 0.01
+        largest = float(expected.abs().max())  # attention without its scale makes rounding a hundred times larger
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3 * largest)
+        assert largest > 0.01
 
 
 @pytest.mark.parametrize("overrides", OWN_CODE, ids=str)
