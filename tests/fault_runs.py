@@ -150,18 +150,19 @@ def start(data: Path, folder: Path, fault: Fault | None = None, **changes: Any) 
     return process
 
 
-def join(process: BaseProcess) -> None:
+def join(process: BaseProcess) -> int:
+    """Wait for the process to end, and return its exit code."""
     process.join(hang_seconds())
-    is_hanging = process.exitcode is None
-    if is_hanging:
+    status = process.exitcode
+    if status is None:
         process.kill()
-    assert not is_hanging, "the run hangs"
+    assert status is not None, "the run hangs"
+    return status
 
 
 def finish(process: BaseProcess, folder: Path, began: float) -> Outcome:
-    join(process)
-    assert process.exitcode is not None
-    return Outcome(process.exitcode, time.monotonic() - began, (folder / "log").read_text() if folder.exists() else "")
+    status = join(process)
+    return Outcome(status, time.monotonic() - began, (folder / "log").read_text() if folder.exists() else "")
 
 
 def run(data: Path, folder: Path, fault: Fault | None = None, **changes: Any) -> Outcome:

@@ -36,3 +36,12 @@ def product_bound(left: Tensor, right: Tensor) -> float:
 def quotient_bound(numerator: float, denominator: float, error: float) -> float:
     """How far apart quotients may be whose two sides are off by up to `error` each, such as shares of a small difference."""
     return error * (1 + abs(numerator / denominator)) / (abs(denominator) - error)
+
+
+def assert_equal_sums(ours: Tensor, theirs: Tensor, n_terms: int, what: str = "") -> None:
+    """Fail where two tensors are further apart than sums of `n_terms` terms in another order.
+
+    The scale is the largest element: a small one may be a sum of large terms that cancel each other.
+    """
+    error = sum_bound(n_terms, float(theirs.detach().abs().max()))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=error, msg=lambda text: f"{what}: {text}")

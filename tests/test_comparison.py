@@ -401,6 +401,7 @@ def test_kinds_of_ones_own_without_a_local_sae(model: Any):
     check_text(report)
 
 
+@pytest.mark.slow
 def test_a_dead_dictionary_gives_numbers_and_a_warning(model: Any, tmp_path: Path):
     saes = made_up_sweep() | {"dead": dead_sae(), "dead too": dead_sae(seed=1)}
     found = compare(saes, model, TOKENS, n_cards=1, cache=tmp_path)

@@ -146,7 +146,7 @@ def test_enough_steps_close_part_of_the_gap(tmp_path: Path):
     assert "Warning: The KL has grown: lower lr" in str(turned)
 
 
-@pytest.mark.parametrize("family", ["hooked_transformer", "bridge", "gpt2", "llama"])
+@pytest.mark.parametrize("family", slow_except(["hooked_transformer", "bridge", "gpt2", "llama"], "llama"))
 def test_every_family_in_bfloat16_under_an_sae_in_fp32(family: str, tmp_path: Path):
     model = {
         "hooked_transformer": lambda: tiny_hooked_transformer().to(torch.bfloat16),

@@ -86,14 +86,14 @@ def test_weights_without_numbers_are_refused():
 
 
 def test_a_bf16_model_trains_the_sae_as_its_weights_in_fp32_do():
-    """Same weights, rounded to bf16 once: what is left is the rounding of activations, some 1 in 256."""
+    """Same weights, rounded to bf16 once: what is left is the rounding of activations, 1 in 512 in each of some 50 steps."""
     for family, make in MODELS.items():
         narrow = make().to(torch.bfloat16)
         wide = copy.deepcopy(narrow).float()
         terms, gradient = terms_and_gradient(spliced(family, narrow), noise=1.0)
         expected_terms, expected = terms_and_gradient(spliced(family, wide), noise=1.0)
         assert terms == pytest.approx(expected_terms, rel=0.05), family
-        assert float((gradient - expected).norm() / expected.norm()) < 0.05, family
+        assert float((gradient - expected).norm() / expected.norm()) < 0.1, family
 
 
 def test_the_kl_of_a_bf16_head_is_summed_in_fp32():
