@@ -22,7 +22,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 # What the pages say of the runs that they make.
 OBJECTIVES = {
     "getting_started.md": {"first": "e2e+ds", "local": "local"},
-    "from_saelens.md": {"output/end_to_end": "e2e+ds"},
+    "from_saelens.md": {"output/end_to_end": "e2e+mse"},
 }
 RUNNING = [
     page
