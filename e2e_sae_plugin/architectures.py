@@ -28,6 +28,9 @@ NAMES_EVERY_LOSS = frozenset(
 # They have no sparsity coefficient: the number of active features is set.
 FIXED_L0 = frozenset({"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"})
 
+# The setting that keeps an architecture sparse while its weights move. Those that fix L0 by themselves have none.
+SPARSITY_COEFFICIENT = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
+
 # They have a reconstruction-like extra.
 WITH_AUXILIARY = frozenset({"gated", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
@@ -10,32 +11,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from sae_lens.util import temporary_seed
+from sae_lens.util import str_to_dtype, temporary_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformer_lens.loading_from_pretrained import make_model_alias_map
 from transformer_lens.model_bridge import TransformerBridge
 
+from e2e_sae_plugin.architectures import RUN_TIME_NORMALISATIONS
+from e2e_sae_plugin.checkpoint.finished import fold_activation_scaling, read_scaler
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_model
 from e2e_sae_plugin.model_settings import check_model_settings, loading_settings, unknown_model
 from e2e_sae_plugin.splice import SplicedModel
+from e2e_sae_plugin.splice.given_model import check_context
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
 
 
 def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE[Any]:
-    """The SAE of `cfg.sae`, initialised from `cfg.seed` or with the weights in `cfg.from_pretrained_path`.
+    """Return the SAE of `cfg.sae`, initialized from `cfg.seed` or with the weights in `cfg.from_pretrained_path`.
+
+    Those weights read activations as they are, whatever they were trained at: a checkpoint's scale is folded into them. A
+    run that estimates a scale of its own takes it out of them again (`estimate_activation_scaling`). Otherwise the config
+    that the user wrote wins over the one beside the weights; SAELens takes the latter.
 
     Args:
         device: where it is, and where its weights are drawn; None for `cfg.device`.
 
-    Unlike the host, which takes the config that lies beside the weights (and resets what an inference folder lacks), the
-    config that the user wrote wins.
-
     Raises:
-        ValueError: there are no weights there, or they do not fit `cfg.sae`.
+        ValueError: If there are no weights there, they do not fit `cfg.sae`, or they are of another architecture or
+            normalization.
     """
     with temporary_seed(cfg.seed):
         sae: TrainingSAE[Any] = TrainingSAE.from_dict(
@@ -57,6 +65,7 @@ def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE
         raise ValueError(
             f"{str(weights)!r} (from_pretrained_path) is damaged: {error}. Fetch or save it again."
         ) from error
+    _check_same_kind(cfg, Path(cfg.from_pretrained_path))
     sae.process_state_dict_for_loading(state)
     try:
         sae.load_state_dict(state)
@@ -65,7 +74,28 @@ def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE
             f"The weights in from_pretrained_path={cfg.from_pretrained_path!r} do not fit the "
             f"{sae.cfg.architecture()!r} SAE of the config (d_in={sae.cfg.d_in}, d_sae={sae.cfg.d_sae}): {error}"
         ) from error
+    fold_activation_scaling(sae, read_scaler(Path(cfg.from_pretrained_path)))
+    sae.cfg.normalize_activations = cfg.sae.normalize_activations  # which folding sets to "none"
     return sae
+
+
+def _check_same_kind(cfg: E2ESAERunnerConfig, folder: Path) -> None:
+    """Refuse weights that another architecture or a normalization at run time was trained with."""
+    path = folder / SAE_CFG_FILENAME
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    ours, theirs = cfg.sae.architecture(), saved.get("architecture")
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"from_pretrained_path={str(folder)!r} holds an SAE of architecture {theirs!r}, and the config has {ours!r}. "
+            "Use the same architecture; an exported BatchTopK SAE is a JumpReLU SAE, and its checkpoints are not."
+        )
+    ours, theirs = cfg.sae.normalize_activations, saved.get("normalize_activations", "none")
+    if ours != theirs and {ours, theirs} & RUN_TIME_NORMALISATIONS:
+        raise ValueError(
+            f"from_pretrained_path={str(folder)!r} holds an SAE of normalize_activations={theirs!r}, and the config has "
+            f"{ours!r}. A normalization at run time is part of what the SAE computes: set sae.normalize_activations to "
+            f"{theirs!r}."
+        )
 
 
 def load_model_for(cfg: E2ESAERunnerConfig) -> Any:
@@ -86,9 +116,16 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
         ValueError: settings that cannot work, see `check_model_settings`; a name that TransformerLens does not know.
     """
     check_model_settings(model_class_name, settings)
+    if model_name == BUNDLED:
+        return bundled_model(model_class_name, settings, device)
     if model_class_name == "HookedTransformer" and model_name.lower() not in make_model_alias_map():
         raise ValueError(unknown_model(model_name))  # TransformerLens's own lists every model there is
-    settings = loading_settings(model_class_name, settings, device)
+    model = _load(model_class_name, model_name, device, loading_settings(model_class_name, settings, device))
+    _check_dtype(model, settings)
+    return model
+
+
+def _load(model_class_name: str, model_name: str, device: str, settings: dict[str, Any]) -> Any:
     if model_class_name != "TransformerBridge":
         return load_model(
             model_class_name,
@@ -98,10 +135,26 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
             hook_names=[],
         )
     processed = settings.pop("center_writing_weights", False)
+    if "dtype" in settings:  # a bridge takes torch's own alone, and a file has names
+        settings["dtype"] = str_to_dtype(settings["dtype"])
     bridge = TransformerBridge.boot_transformers(model_name, device=device, **settings)
     if processed:
         bridge.enable_compatibility_mode()
     return bridge
+
+
+def _check_dtype(model: torch.nn.Module, settings: Mapping[str, Any]) -> None:
+    """Refuse a model that its loader has not loaded in the dtype that was asked for."""
+    wanted = settings.get("dtype", settings.get("torch_dtype"))
+    if wanted in (None, "auto") or settings.get("quantization_config") is not None:
+        return
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if found and str_to_dtype(wanted) not in found:
+        raise ValueError(
+            f"model_from_pretrained_kwargs: dtype={wanted!r} was asked for, but the model was loaded in "
+            f"{', '.join(map(str, sorted(found, key=str)))}. Leave dtype out, or convert the model and pass it as "
+            "override_model."
+        )
 
 
 def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAERunnerConfig) -> None:
@@ -113,9 +166,7 @@ def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAER
             block to work on.
     """
     model.recompute_blocks(cfg.checkpoint_blocks)
-    n_ctx = getattr(getattr(model.model, "cfg", None), "n_ctx", None)
-    if isinstance(n_ctx, int) and cfg.context_size > n_ctx:
-        raise ValueError(f"context_size={cfg.context_size} is longer than the model's context of {n_ctx} tokens.")
+    check_context(model.model, cfg.context_size)
     shape = tuple(model.check(min(8, cfg.context_size)).shape[2:])
     if cfg.objective.kl_top_k is not None:
         check_kl_top_k(model, cfg.objective.kl_top_k)
@@ -140,19 +191,18 @@ def check_model_and_sae(model: SplicedModel, sae: TrainingSAE[Any], cfg: E2ESAER
 
 
 @contextmanager
-def reading_dataset(cfg: E2ESAERunnerConfig, override_dataset: Any) -> Iterator[None]:
+def reading_dataset(dataset: Any, name: str) -> Iterator[None]:
     """Turn what the host makes of a dataset without rows (a bare `StopIteration`; an empty `override_dataset` counts as
     none) into an error that says so. Its warning of too few samples compares rows with tokens; the token stream says when
     an epoch begins."""
     try:
-        if override_dataset is not None and hasattr(override_dataset, "__len__") and not len(override_dataset):
+        if hasattr(dataset, "__len__") and not len(dataset):
             raise StopIteration
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The training dataset contains fewer samples")
             yield
     except StopIteration:
-        which = f"dataset_path={cfg.dataset_path!r}" if override_dataset is None else "override_dataset"
-        raise ValueError(f"{which} has no rows, so the dataset ran out before one batch. Use one with data.") from None
+        raise ValueError(f"{name} has no rows, so the dataset ran out before one batch. Use one with data.") from None
 
 
 @contextmanager

@@ -6,7 +6,6 @@ No postponed annotations here: the command line is built from this class (simple
 import difflib
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,13 +21,15 @@ from e2e_sae_plugin.config_checks import check_schedule, check_shards, check_sha
 from e2e_sae_plugin.config_fields import FIELDS_REFUSED, FIELDS_WITHOUT_EFFECT, host_defaults
 from e2e_sae_plugin.config_reading import names_of, read_numbers, read_yaml, require_known_keys
 from e2e_sae_plugin.config_values import read_fields, require_writable
+from e2e_sae_plugin.data.settings import DataSettings
 from e2e_sae_plugin.model_settings import check_model_settings
 from e2e_sae_plugin.objective import Objective
 
 logger = logging.getLogger(__name__)
 
-FILE_KINDS = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "webdataset", "xml")
-"""Builders of `datasets`, which it looks for before folders."""
+RECIPE_LOCAL_FIRST = 0.8
+"""Measured on the bundled model with TopK, BatchTopK, ReLU and JumpReLU SAEs (docs/guides/objectives.md)."""
+RECIPE_MIN_STEPS = 10
 MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
 
 
@@ -45,16 +46,22 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     evaluated every `logger.wandb_log_frequency * logger.eval_every_n_wandb_logs` steps, with Weights & Biases or not.
 
     Args:
-        objective (Objective): what is minimised besides the SAE's own sparsity terms. Default: the KL alone.
+        objective (Objective): what is minimized besides the SAE's own sparsity terms. Default: `Objective.finetune()`, KL
+            and squared error in equal parts, so that learning rates and sparsity coefficients keep the meaning that they
+            have in SAELens.
         max_grad_norm (float, optional): the norm that all the SAE's gradients are clipped to. Default 1.0, which is
             fixed in SAELens; the paper used 10. None disables clipping.
         local_first (float): share of `training_tokens`, in [0, 1), that is trained with `Objective.local()` before
             `objective` takes over. Local steps cost a fraction of end-to-end ones, and the rest of the run starts from
-            features that exist. Default 0. Needs an architecture that fixes L0 by itself (TopK's family, matching
-            pursuit) or `objective.mse` > 0: an L1 or L0 coefficient that balances a squared error does not balance a KL.
-        b_dec_init_method (str): where `b_dec` starts: "zeros" as in SAELens (default), or "mean", the mean of the
-            activations (normalised as the SAE trains on them) in `n_batches_for_norm_estimate` batches. It keeps features
-            from being spent on the mean, which in some models is most of an activation's norm.
+            features that exist. Default: 0.8 with `Objective.finetune()` and a new SAE, and a constant learning rate without
+            decay then decays to 0 over the rest of the run; else 0. Needs an architecture that fixes L0 by itself (TopK's
+            family, matching pursuit) or `objective.mse` > 0: an L1 or L0 coefficient that balances a squared error does not
+            balance a KL.
+        b_dec_init_method (str): where `b_dec` starts: "mean", the mean of the activations (normalized as the SAE trains on
+            them) over about 32,768 tokens, or "zeros" as in SAELens. Default "auto": the mean for a new SAE; for one with
+            weights already (`from_pretrained_path`, `override_sae`), the `b_dec` that it has. From zeros, features are spent
+            on the mean, which in real models is most of an activation's norm: on SmolLM2-135M at layer 14 an SAE ended with
+            16 of 512 features alive, and with 477 from the mean.
         frozen_parameters (tuple of str): names of the SAE's parameters that are not trained, for instance `("threshold",)`;
             default none.
         keep_decoder_norms (bool): hold the norm of every row of `W_dec` where it is at the start: the gradient along a row
@@ -81,6 +88,12 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         max_skipped_steps (int): steps in a row with a loss or gradient that is not finite, all of them skipped, after
             which the run stops. Default 10.
         overwrite_output (bool): replace another run that `output_path` holds. Default False: it is refused.
+        split (str, optional): the dataset's split; None for "train", or the only one there is.
+        text_column (str, optional): the dataset's column of texts or of token ids; None to find it by name and type.
+        shuffle_seed (int, optional): shuffle the dataset's rows with this seed, before any are left out. Default None: they
+            stay in order. A streamed dataset is shuffled in a buffer, and resuming reads it again from its beginning.
+        skip_examples (int): rows left out at the beginning of the dataset. Default 0.
+        max_examples (int, optional): the most rows that are read in an epoch. Default None: all.
         push_to_hub (str, optional): the Hugging Face Hub repository, `owner/name`, that the finished SAE is uploaded to. A
             failing upload does not fail the run: the log says how to repeat it. Default None.
         hub_private (bool): a repository that is created for it is private. Default False.
@@ -96,10 +109,10 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             expected and what to do.
     """
 
-    objective: Objective = field(default_factory=Objective)
+    objective: Objective = field(default_factory=Objective.finetune)
     max_grad_norm: float | None = 1.0
-    local_first: float = 0.0
-    b_dec_init_method: Literal["zeros", "mean"] = "zeros"
+    local_first: float = None  # pyright: ignore[reportAssignmentType] (until `__post_init__`, which fills it in)
+    b_dec_init_method: Literal["auto", "mean", "zeros"] = "auto"
     frozen_parameters: tuple[str, ...] = ()
     keep_decoder_norms: bool = False
     adapter: AdapterKind = "none"
@@ -111,6 +124,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     shard_dictionary: bool = False
     max_skipped_steps: int = 10
     overwrite_output: bool = False
+    split: str | None = None
+    text_column: str | None = None
+    shuffle_seed: int | None = None
+    skip_examples: int = 0
+    max_examples: int | None = None
     push_to_hub: str | None = None
     hub_private: bool = False
     hub_revision: str | None = None
@@ -141,6 +159,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         check_model_settings(
             self.model_class_name, self.model_from_pretrained_kwargs, str(self.device), self.llm_device
         )
+        self._choose_local_first()
         verbose, self.verbose = self.verbose, False  # what the host prints is about its activation buffer
         super().__post_init__()
         self.verbose = verbose
@@ -163,13 +182,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             self.objective = Objective.from_dict(self.objective)
         if not isinstance(self.objective, Objective):
             raise ValueError(f"objective must be an Objective, got {self.objective!r}.")
-        if os.path.isfile(self.dataset_path):
-            raise ValueError(f"dataset_path={self.dataset_path!r} is a file. Give the folder that it lies in.")
-        if self.dataset_path in FILE_KINDS and os.path.isdir(self.dataset_path):
-            raise ValueError(
-                f"dataset_path={self.dataset_path!r} is a folder here, but datasets takes that name for a kind of file. "
-                f"Write {'./' + self.dataset_path!r}."
-            )
+        DataSettings.of(self)  # which checks them
         if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(
                 f"max_grad_norm must be a positive finite number, or None for no clipping, got {self.max_grad_norm!r}."
@@ -198,6 +211,21 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         metadata = sae.pop("metadata")
         require_writable(sae, "sae.")
         require_writable(metadata, "sae.metadata.")
+
+    def _choose_local_first(self) -> None:
+        """Fill in what `local_first=None` stands for, and the decay that belongs to it."""
+        if self.local_first is not None:
+            return
+        self.local_first = 0.0
+        n_steps = self.training_tokens // max(self.train_batch_size_tokens, 1)
+        is_recipe = self.objective.balance_kl and self.objective.mse > 0
+        if not is_recipe or self.from_pretrained_path is not None or n_steps < RECIPE_MIN_STEPS:
+            return
+        self.local_first = RECIPE_LOCAL_FIRST
+        n_decay = n_steps - math.ceil(RECIPE_LOCAL_FIRST * n_steps)
+        has_schedule = self.lr_scheduler_name != "constant" or self.lr_decay_steps > 0
+        if not has_schedule and self.lr_warm_up_steps + n_decay <= n_steps:
+            self.lr_decay_steps = n_decay
 
     def _check_batch(self) -> None:
         per_sequence, batch = self.training_context_size, self.train_batch_size_tokens
@@ -319,11 +347,11 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         logging_dict = dict(cfg_dict.get("logger") or {})
         require_known_keys(logging_dict, {f.name for f in fields(LoggingConfig)}, "logger")
         cfg_dict["logger"] = LoggingConfig(**logging_dict)
-        if "objective" in cfg_dict:
-            objective = cfg_dict["objective"]
-            cfg_dict["objective"] = Objective.from_dict(
-                objective if isinstance(objective, str) else read_numbers(objective, Objective, "objective")
-            )
+        objective = cfg_dict.get("objective")
+        if isinstance(objective, Mapping):
+            objective = read_numbers(objective, Objective, "objective")
+        if isinstance(objective, Mapping | str):
+            cfg_dict["objective"] = Objective.from_dict(objective)
         for name in ("seqpos_slice", "frozen_parameters"):
             if name in cfg_dict:
                 cfg_dict[name] = tuple(cfg_dict[name])

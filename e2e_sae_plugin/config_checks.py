@@ -113,11 +113,11 @@ def check_start(cfg: E2ESAERunnerConfig) -> None:
             "checkpoint_blocks=True has no effect: the objective is local, so no backward pass goes through the model. "
             "Leave it at False."
         )
-    if cfg.b_dec_init_method not in ("zeros", "mean"):
-        raise ValueError(f"b_dec_init_method must be 'zeros' or 'mean', got {cfg.b_dec_init_method!r}.")
+    if cfg.b_dec_init_method not in ("auto", "mean", "zeros"):
+        raise ValueError(f"b_dec_init_method must be 'auto', 'mean' or 'zeros', got {cfg.b_dec_init_method!r}.")
     if cfg.b_dec_init_method == "mean" and cfg.from_pretrained_path is not None:
         raise ValueError(
-            "b_dec_init_method='mean' would overwrite the b_dec of from_pretrained_path. Leave it at 'zeros'."
+            "b_dec_init_method='mean' would overwrite the b_dec of from_pretrained_path. Leave it at 'auto'."
         )
     if not 0 <= cfg.local_first < 1:
         raise ValueError(

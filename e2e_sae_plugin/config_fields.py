@@ -21,6 +21,7 @@ FIELDS_WITHOUT_EFFECT = frozenset(
         "llm_compilation_mode",
         "dead_feature_threshold",
         "hook_eval",
+        "dataset_trust_remote_code",
     }
 )
 # They would change the result, and have no counterpart here: an error when they differ from the host's default.
@@ -28,14 +29,18 @@ FIELDS_REFUSED = {
     "use_cached_activations": "end-to-end training runs the model at every step; cached activations cannot be spliced",
     "cached_activations_path": "end-to-end training runs the model at every step; cached activations cannot be spliced",
     "compile_llm": "SAELens compiles run_with_cache, which is not used here",
+    "dtype": (
+        "activations reach the SAE in float32, whatever dtype the model computes in; to load the model in another one, set "
+        "model_from_pretrained_kwargs={'dtype': ...}"
+    ),
     "model_kwargs": "they are arguments of run_with_cache, which is not used here",
 }
 # Everything else of the host's config keeps its meaning. A test fails for a host field that is not listed.
 FIELDS_KEPT = frozenset(
     {
         "adam_beta1", "adam_beta2", "autocast", "autocast_lm", "checkpoint_path", "compile_sae",
-        "context_size", "dataset_path", "dataset_trust_remote_code", "dead_feature_window", "device",
-        "disable_concat_sequences", "dtype", "eval_batch_size_prompts", "exclude_special_tokens",
+        "context_size", "dataset_path", "dead_feature_window", "device",
+        "disable_concat_sequences", "eval_batch_size_prompts", "exclude_special_tokens",
         "feature_sampling_window", "from_pretrained_path", "hook_head_index", "hook_name",
         "is_dataset_tokenized", "llm_device",
         "logger", "lr", "lr_decay_steps", "lr_end", "lr_scheduler_name", "lr_warm_up_steps",

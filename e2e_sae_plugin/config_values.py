@@ -130,7 +130,10 @@ def read_fields(part: Any, prefix: str = "") -> None:
         ValueError: If a value is not of its field's kind.
     """
     for field in fields(part):
-        value = plain_as(prefix + field.name, getattr(part, field.name), field.type)
+        given = getattr(part, field.name)
+        if given is None and field.default is None:
+            continue
+        value = plain_as(prefix + field.name, given, field.type)
         object.__setattr__(part, field.name, value)
 
 

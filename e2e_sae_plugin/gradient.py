@@ -163,7 +163,7 @@ class GradientTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """The step's activations `[tokens, d_in]` as the model has them, in fp32."""
         head = self.runner_cfg.hook_head_index
         acts = torch.cat([micro.sae_in(head) for micro in micro_batches])
-        return acts.to(self.sae.device, torch.get_default_dtype())  # the dtype that the host's store hands out
+        return acts.to(self.sae.device, torch.float32)
 
     def sae_forward(self, sae_in: Tensor) -> TrainStepOutput:
         """The forward half of the host's `_train_step`."""

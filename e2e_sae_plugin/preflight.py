@@ -23,8 +23,12 @@ from e2e_sae_plugin.checkpoint.run_folder import RunFolder
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.metrics_log import METRICS_FILENAME
 from e2e_sae_plugin.output_folder import holds_another_run, is_finished
+from e2e_sae_plugin.precision import accumulation_dtype
 
 logger = logging.getLogger(__name__)
+
+FLOAT64_ARCHITECTURES = ("batchtopk", "matryoshka_batchtopk")
+"""They keep their threshold in float64."""
 
 RESERVE_BYTES = 16 * 2**20
 """Left free beside the weights: configs, sparsity, metrics."""
@@ -132,6 +136,25 @@ def check_device(cfg: E2ESAERunnerConfig) -> None:
     """
     for field in ("device", "llm_device"):
         check_device_name(field, str(getattr(cfg, field)))
+    _check_float64(cfg)
+
+
+def _check_float64(cfg: E2ESAERunnerConfig) -> None:
+    """Refuse what SAELens computes in float64 on the SAE's device, if the device has none (Apple's MPS)."""
+    if accumulation_dtype(torch.device(str(cfg.device))) == torch.float64:
+        return
+    architecture, normalization, dtype = cfg.sae.architecture(), cfg.sae.normalize_activations, str(cfg.sae.dtype)
+    needs = (
+        ("sae.architecture", architecture, architecture in FLOAT64_ARCHITECTURES),
+        ("sae.normalize_activations", normalization, normalization == "covariance_whitening"),
+        ("sae.dtype", dtype, "float64" in dtype),
+    )
+    for field, value, is_needed in needs:
+        if is_needed:
+            raise ValueError(
+                f"{field}={value!r} needs float64, which device={str(cfg.device)!r} does not have. Use device='cpu' or "
+                "'cuda', or another architecture, normalization or dtype."
+            )
 
 
 def check_device_name(field: str, device: str) -> None:

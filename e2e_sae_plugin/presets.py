@@ -87,7 +87,6 @@ def quick_config(
         or TopKTrainingSAEConfig(d_in=d_in, d_sae=width, k=k, normalize_activations="expected_average_only_in"),
         "objective": Objective.finetune(),
         "local_first": 0.9,
-        "b_dec_init_method": "mean",
         "n_batches_for_norm_estimate": 10,
         "lr": lr,
         "lr_end": lr / 100,
@@ -171,6 +170,7 @@ def paper_config(layer: int, kind: PaperKind, matched: PaperMatch = "ce", **over
             decoder_init_norm=1.0,
         ),
         "objective": objective,
+        "b_dec_init_method": "zeros",
         "lr": 5e-4,
         "lr_scheduler_name": "cosineannealing",
         "lr_warm_up_steps": 1250,  # 20k samples of 16 a step

@@ -30,7 +30,9 @@ from e2e_sae_plugin.checkpoint.lock import locked
 from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.config_values import require_round_trip
-from e2e_sae_plugin.demo.bundled import bundled_dataset, bundled_model
+from e2e_sae_plugin.data import DataSettings, LoadedData, loaded_data
+from e2e_sae_plugin.data.load import check_tokenized_for
+from e2e_sae_plugin.demo.bundled import BUNDLED
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
 from e2e_sae_plugin.evaluation.place import flatten_heads
@@ -53,6 +55,7 @@ from e2e_sae_plugin.shard import Shard
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 from e2e_sae_plugin.summary import announce, summarise
 from e2e_sae_plugin.token_stream import TokenStream, check_evaluation_tokens
+from e2e_sae_plugin.torch_state import own_torch_state
 from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
 logger = logging.getLogger(__name__)
@@ -85,10 +88,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
 
     cfg: E2ESAERunnerConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @own_torch_state()
     def __init__(
         self,
         cfg: E2ESAERunnerConfig,
-        override_dataset: HfDataset | None = None,
+        override_dataset: HfDataset | LoadedData | None = None,
         override_model: Any = None,
         override_sae: TrainingSAE[Any] | None = None,
         override_evaluation_tokens: Tensor | None = None,
@@ -117,7 +121,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
     def _load(
         self,
         cfg: E2ESAERunnerConfig,
-        override_dataset: HfDataset | None,
+        override_dataset: HfDataset | LoadedData | None,
         override_model: Any,
         override_sae: TrainingSAE[Any] | None,
         override_evaluation_tokens: Tensor | None,
@@ -129,11 +133,10 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.leads:
             warn_without_token(cfg)
         check_device(cfg)
-        by_name = tuple(n for n, given in (("model", override_model), ("dataset", override_dataset)) if given is None)
+        is_named = {"model": override_model is None, "dataset": override_dataset is None}
+        by_name = tuple(name for name, named in is_named.items() if named)
         if override_model is None:
-            override_model = bundled_model(cfg.model_name, cfg.llm_device or str(cfg.device))
-        if override_dataset is None:
-            override_dataset = bundled_dataset(cfg.dataset_path, cfg.context_size)
+            override_model = load_model_for(cfg) if cfg.model_name == BUNDLED else None
         self.identity = run_identity(override_model, override_sae)
         self.is_finished = cfg.resume_from_checkpoint == AUTO and output_is_finished(cfg, self.identity)
         self.has_run = False
@@ -150,15 +153,16 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             sae = Shard(self.ranks, cfg.sae.d_sae).cut(sae)
         if override_model is None:
             check_model_shape(cfg)
+        self.data = loaded_data(DataSettings.of(cfg), override_dataset, cfg.context_size)
         own_model = load_model_for(cfg) if override_model is None else None
         with (
             explained_cache_errors(),
-            reading_dataset(cfg, override_dataset),
+            reading_dataset(self.data.dataset, self.data.name),
             quiet_override_warning(bool(by_name), by_name),
         ):
             super().__init__(
                 cfg,
-                override_dataset=override_dataset,
+                override_dataset=self.data.dataset,
                 override_model=override_model if own_model is None else own_model,
                 override_sae=sae,
             )
@@ -186,6 +190,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         """Whether this process writes, prints and logs: the only one, or rank 0."""
         return self.ranks is None or self.ranks.leads
 
+    @own_torch_state()
     def run(self) -> SAE[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train, save, share if that is asked, and return the SAE; of a run that `"auto"` finds finished, the SAE that it
         has saved. Every rank returns the SAE; with `shard_dictionary` rank 0 does, on its CPU, and the others their shard
@@ -301,7 +306,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.cfg.objective.downstream_hooks or not self.spliced_model.position.default_downstream:
             return self.spliced_model
         model = splice_into(self.model, self.cfg.hook_name)
-        model.vocabulary, model.unembed = self.spliced_model.vocabulary, self.spliced_model.unembed
+        model.output = self.spliced_model.output
         return model
 
     def _seekable_store(self) -> SeekableActivationsStore:
@@ -312,7 +317,11 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
                 self.model, self.cfg, override_dataset=self.activations_store.dataset
             )
         self.activations_store = self.evaluator.activations_store = store
-        return cast(SeekableActivationsStore, store)
+        store = cast(SeekableActivationsStore, store)
+        store.source = self.data.name
+        if store.is_dataset_tokenized and self.data.settings is not None:
+            check_tokenized_for(self.data.settings.dataset_path, getattr(self.model, "tokenizer", None))
+        return store
 
     def _build_trainer(self) -> E2ESAETrainer:
         output = self.cfg.output_path
@@ -340,7 +349,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         scaler = trainer.activation_scaler
 
         def reconstruct(sae_in: Tensor) -> tuple[Tensor, Tensor]:
-            scaled = scaler(sae_in.to(self.sae.device, torch.get_default_dtype()))
+            scaled = scaler(sae_in.to(self.sae.device, torch.float32))
             if trainer.shard is not None:
                 feature_acts, sae_out = sharded_sae.reconstruct(
                     self.sae, scaled, ShardedTokens(trainer.shard.ranks, None)

@@ -8,8 +8,10 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetsError
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
@@ -45,6 +47,9 @@ class SeekableActivationsStore(ActivationsStore):
     _n_rows = 0
     _pieces: tuple[Tensor, ...] = ()
     _rest: Tensor | None = None
+    _has_empty_rows = False
+    source: str = "the dataset"
+    """What messages call the data."""
 
     def position(self) -> RowPosition:
         """After the last sequence that was drawn; cheap, and later draws do not change it."""
@@ -84,14 +89,36 @@ class SeekableActivationsStore(ActivationsStore):
     def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
         start, self._start = self._start, RowPosition()
         self._n_rows = start.n_rows
-        for row in self._rows_after(start):
+        rows = iter(self._rows_after(start))
+        while (row := self._next_row(rows)) is not None:
             self._n_rows += 1
-            if self._n_rows == start.n_rows + 1:
-                self._check_type(row[self.tokens_column])
             value = row[self.tokens_column]
-            # The host makes a tensor of it, and torch warns where it is one.
-            yield value.numpy() if isinstance(value, Tensor) else value
+            if value is None:
+                self._warn_of_empty_row()
+            else:
+                if self._n_rows == start.n_rows + 1 or not self.is_dataset_tokenized:
+                    self._check_type(value)
+                # The host makes a tensor of it, and torch warns where it is one.
+                yield value.numpy() if isinstance(value, Tensor) else value
             self.n_dataset_processed += 1
+
+    def _next_row(self, rows: Iterator[Any]) -> Any:
+        """The next row; None at the end."""
+        try:
+            return next(rows, None)
+        except (UnicodeDecodeError, pa.ArrowInvalid, DatasetsError) as error:  # of a streamed file
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.source} cannot be read after row {self._n_rows - 1}: {reason}. Expected text in UTF-8, or token ids."
+            ) from error
+
+    def _warn_of_empty_row(self) -> None:
+        if not self._has_empty_rows:
+            logger.warning(
+                "Row %d of %s has no value in column %r: such rows are left out.",
+                self._n_rows - 1, self.source, self.tokens_column,
+            )  # fmt: skip
+        self._has_empty_rows = True
 
     def _check_type(self, value: Any) -> None:
         """The host turns numbers of any kind into token ids, and asks a tokenizer that is not there."""
@@ -105,6 +132,11 @@ class SeekableActivationsStore(ActivationsStore):
             raise ValueError(
                 f"The dataset holds text (column {self.tokens_column!r}), but the model has no tokenizer. Pre-tokenise the "
                 "dataset (columns 'tokens' or 'input_ids'), or give the model its tokenizer."
+            )
+        elif not isinstance(value, str) and not self.use_chat_formatting:
+            raise ValueError(
+                f"Row {self._n_rows - 1} of {self.source} holds a {type(value).__name__} in column {self.tokens_column!r}. "
+                "Expected text in every row; leave that row out."
             )
 
     def _iterate_raw_dataset_tokens(self) -> Generator[Tensor, None, None]:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2e_sae_plugin.kernels.kl import LinearHead, fused_kl_sum
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
 from e2e_sae_plugin.kernels.kl_top_k import top_k_kl_sum
 from e2e_sae_plugin.losses import squared_error_sum
 from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.precision import gradient_scale
 from e2e_sae_plugin.splice import CleanPass, SplicedModel, SplicedPass
 from e2e_sae_plugin.splice.activations import insert_sae_out, select_sae_in, select_tokens, trained_tokens
 
@@ -186,6 +188,7 @@ def spliced_terms(
     if objective.kl_positions < 1:
         assert draws is not None
         positions = [draw_positions(micro.n_tokens, objective.kl_positions, draws) for micro in micro_batches]
+    scale = gradient_scale(micro_batches[0].clean.activation.dtype, n_step_tokens)
     result = SplicedTerms(weighted=torch.zeros((), device=reconstructions[0][2].device))
     for suffix, weight, reconstruction in reconstructions:
         chunks = reconstruction.detach().split([micro.n_tokens for micro in micro_batches])
@@ -195,7 +198,7 @@ def spliced_terms(
             terms = _micro_batch_terms(model, objective, micro, leaf, head_index, n_step_tokens, drawn)
             total = weight * sum(term_weight * term for term_weight, term in terms.values())
             assert isinstance(total, Tensor)
-            gradients.append(torch.autograd.grad(total, leaf)[0])
+            gradients.append(torch.autograd.grad(total, leaf, torch.full_like(total, scale))[0] / scale)
             result.weighted += total.detach().to(result.weighted.device)
             for name, (_, term) in terms.items():
                 value = term.detach().to(result.weighted.device)

@@ -23,6 +23,7 @@ from e2e_sae_plugin.constraints import DecoderNorms, freeze
 from e2e_sae_plugin.distributed import Ranks
 from e2e_sae_plugin.early_stop import EarlyStop
 from e2e_sae_plugin.faults import NOT_AGAIN, NonFiniteError, StepStatistics, find_fault, find_fault_alone
+from e2e_sae_plugin.first_steps import FirstSteps
 from e2e_sae_plugin.gradient import GradientTrainer
 from e2e_sae_plugin.kernels.ranked_topk import share_threshold
 from e2e_sae_plugin.metrics_log import MetricsLog
@@ -40,6 +41,7 @@ from e2e_sae_plugin.splice.activations import trained_tokens
 from e2e_sae_plugin.spliced_losses import position_draws
 from e2e_sae_plugin.step_output import merge_step_outputs
 from e2e_sae_plugin.token_stream import TokenStream
+from e2e_sae_plugin.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ class SplicedStepTrainer(GradientTrainer):
         self.last_good_state: State | None = None  # that, once they are too many
         self.is_updating = False
         self.early_stop = EarlyStop(cfg.patience_evaluations)
+        self.first_steps = FirstSteps()
 
     def _reset_running_sparsity_stats(self) -> None:
         """As the host's, but of the whole SAE where this rank has a part of it: the statistics are the same on all."""
@@ -117,6 +120,7 @@ class SplicedStepTrainer(GradientTrainer):
         named = {name: p for name, p in self.sae.named_parameters() if p.requires_grad and name not in adapted}
         return named | ({} if self.adapter is None else self.adapter.parameters)
 
+    @own_torch_state()
     def step(self, batch: Int[Tensor, "prompts pos"]) -> TrainStepOutput:
         """Train on one batch of token sequences `[n_prompts, pos]`.
 
@@ -234,6 +238,8 @@ class SplicedStepTrainer(GradientTrainer):
         return sharded_norm(self.shard.ranks, [p for name, p in trained.items() if name in DIVIDED], everywhere)
 
     def _update(self) -> None:
+        if not self.first_steps.are_over:
+            self.first_steps.before_update(self.trained_parameters())
         self.optimizer.step()
         self._has_updated = True
         if self.adapter is not None:
@@ -242,6 +248,8 @@ class SplicedStepTrainer(GradientTrainer):
             self.decoder_norms.restore()
         self.optimizer.zero_grad()
         self.n_skipped_in_a_row, self._good_state = 0, None
+        if not self.first_steps.are_over:
+            self.first_steps.after_update(self.trained_parameters())
 
     def _advance_schedules(self) -> None:
         """In the host's order. A skipped step counts: the number of steps is fixed in advance."""

@@ -35,8 +35,10 @@ from e2e_sae_plugin.kernels.saved_threshold import as_saved, settle_threshold
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.ranked_step import with_all_tokens
+from e2e_sae_plugin.sparsity_scale import SparsityScale
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.step import SplicedStepTrainer
+from e2e_sae_plugin.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class E2ESAETrainer(SplicedStepTrainer):
             cfg, sae, spliced_model, data_provider, metrics_log, save_checkpoint_fn, excluded_tokens, ranks
         )
         self.held_out_evaluator = held_out_evaluator
+        self._sparsity_scale = SparsityScale(cfg)
         self.last_evaluation: dict[str, float] = {}
         self.checkpointer = Checkpointer(run_folder, cfg.checkpoint_every_minutes)
         self.identity = identity or {}
@@ -99,6 +102,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         self._large: trainer_state.LargeState | None = None  # while a checkpoint is being written
         self._unfolded: tuple[dict[str, Tensor], ActivationScaler, Any] | None = None
 
+    @own_torch_state()
     def fit(self) -> TrainingSAE[Any]:
         """SAELens's `fit`, with metrics and evaluation that do not depend on Weights & Biases.
 
@@ -151,6 +155,7 @@ class E2ESAETrainer(SplicedStepTrainer):
 
     def end(self) -> TrainingSAE[Any]:
         """What comes after the last step: the last evaluation, the best weights, the SAE in its finished form."""
+        self.first_steps.check(self.trained_parameters())
         self._log(self.full_sparsity_window_log())
         is_measured = self.early_stop.patience is not None and not self.early_stop.reached
         if is_measured:
@@ -179,6 +184,7 @@ class E2ESAETrainer(SplicedStepTrainer):
         is_compared = evaluates and self.early_stop.patience is not None
         if self.is_done or is_compared or self.checkpointer.milestone_is_due(self):
             self.settle_threshold(output.sae_in)
+        self._sparsity_scale.see(output, self.n_training_steps - 1)
         if logs:
             self._log(self._step_metrics(output), self.n_training_steps - 1)
         if evaluates:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from time_limits import hang_seconds
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ARGUMENTS = (
@@ -83,7 +84,7 @@ def chromium() -> Iterator[Browser]:
             pytest.fail(message)
         pytest.skip(message)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS), timeout=1000 * hang_seconds())
         yield browser
         browser.close()
 
@@ -98,6 +99,7 @@ def opened(
 ) -> Iterator[Visit]:
     """The page, a file or an address, in a window of that size, for somebody who prefers that theme."""
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    context.set_default_timeout(1000 * hang_seconds())
     visit = Visit(context.new_page())
 
     def on_console(message: ConsoleMessage) -> None:

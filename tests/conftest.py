@@ -31,6 +31,7 @@ install_import_hook(
             "checkpoint.resume",
             "checkpoint.run_folder",
             "checkpoint.state",
+            "data",
             "evaluation",
             "faults",
             "interruption",
@@ -48,10 +49,18 @@ install_import_hook(
     "shape_checks.checked",
 )
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)  # the tiny models gain nothing from more, and results do not depend on the machine
+# The tiny models gain nothing from more than one. OMP_NUM_THREADS=2 tries sums in another order.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# Examples are drawn alike everywhere, and none is a failure because a busy machine took long over it.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 # What is not ours to fix. Everything else that warns fails a test (pyproject.toml).
 HOST_WARNINGS = [

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+from time_limits import hang_seconds
 from transformers.utils import logging as transformers_logging
 
 from e2e_sae_plugin import E2ESAERunnerConfig, E2ESAETrainingRunner, Objective
@@ -149,10 +150,19 @@ def start(data: Path, folder: Path, fault: Fault | None = None, **changes: Any) 
     return process
 
 
+def join(process: BaseProcess) -> int:
+    """Wait for the process to end, and return its exit code."""
+    process.join(hang_seconds())
+    status = process.exitcode
+    if status is None:
+        process.kill()
+    assert status is not None, "the run hangs"
+    return status
+
+
 def finish(process: BaseProcess, folder: Path, began: float) -> Outcome:
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return Outcome(process.exitcode, time.monotonic() - began, (folder / "log").read_text() if folder.exists() else "")
+    status = join(process)
+    return Outcome(status, time.monotonic() - began, (folder / "log").read_text() if folder.exists() else "")
 
 
 def run(data: Path, folder: Path, fault: Fault | None = None, **changes: Any) -> Outcome:

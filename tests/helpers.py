@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from e2e_sae_plugin import E2ESAERunnerConfig, E2ESAETrainer, splice_into
+from e2e_sae_plugin import E2ESAERunnerConfig, E2ESAETrainer, Objective, splice_into
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.splice import SplicedModel
 
@@ -203,6 +203,7 @@ def runner_config(architecture: str = "standard", sae: dict[str, Any] | None = N
     """A config for the tiny models: steps of 4 sequences of 8 tokens, no W&B, no output, no held-out evaluation."""
     defaults: dict[str, Any] = {
         "sae": sae_config(architecture, **(sae or {})),
+        "objective": Objective.e2e(),
         "model_name": "tiny",
         "hook_name": "blocks.1.hook_resid_pre",
         "dataset_path": "tiny",
@@ -214,6 +215,7 @@ def runner_config(architecture: str = "standard", sae: dict[str, Any] | None = N
         "n_eval_batches": 0,
         "n_batches_for_norm_estimate": 2,
         "logger": LoggingConfig(log_to_wandb=False, wandb_log_frequency=1, eval_every_n_wandb_logs=5),
+        "b_dec_init_method": "zeros",  # as in SAELens, which many tests compare with
         "checkpoint_path": None,
         "output_path": None,
         "verbose": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import os
+import select
 import socket
 import time
 import warnings
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+from time_limits import hang_seconds
 
 if TYPE_CHECKING:
     from hub_server import HubServer
@@ -51,7 +53,6 @@ def online(
     *,
     token: str | None = "hf_good",
     xet: bool = False,
-    timeout: float = 10,
 ) -> None:
     """Makes this process's huggingface_hub take `server` for the Hub, until the test is over.
 
@@ -67,7 +68,6 @@ def online(
         token: None for nobody.
         xet: whether uploads go the way they go by default in production (the server has no Xet storage: LFS uploads
             then fail, regular ones work).
-        timeout: seconds for the requests that have a limit (HEAD and GET of files).
     """
     import huggingface_hub
     from huggingface_hub import close_session, constants, hf_api
@@ -97,8 +97,8 @@ def online(
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
         "HF_HUB_DISABLE_TELEMETRY": True,
         "HF_HUB_DISABLE_XET": not xet,
-        "HF_HUB_ETAG_TIMEOUT": timeout,
-        "HF_HUB_DOWNLOAD_TIMEOUT": timeout,
+        "HF_HUB_ETAG_TIMEOUT": hang_seconds(),
+        "HF_HUB_DOWNLOAD_TIMEOUT": hang_seconds(),
     }
     for name, value in values.items():
         monkeypatch.setattr(constants, name, value, raising=False)  # not every version has every one
@@ -109,6 +109,24 @@ def online(
     clock = SimpleNamespace(**{**vars(time), "sleep": server.waits.append})
     for name in ("utils._http", "file_download"):
         monkeypatch.setattr(module(f"{huggingface_hub.__name__}.{name}"), "time", clock)
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch, server: HubServer) -> None:
+    """Let a connection's time limit pass at the moment at which the server hangs, however long the limit is.
+
+    A limit that a test could wait for would also end requests that a busy machine is slow to answer.
+    """
+    receive = socket.socket.recv
+
+    def recv(self: socket.socket, *arguments: Any) -> bytes:
+        limit = self.gettimeout()
+        until = time.monotonic() + (limit or 0.0)
+        while time.monotonic() < until and not select.select([self], [], [], 0.005)[0]:
+            if self.getsockname() in server.hanging:
+                raise TimeoutError("timed out")
+        return receive(self, *arguments)
+
+    monkeypatch.setattr(socket.socket, "recv", recv)
 
 
 def loopback_only(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -44,6 +44,7 @@ class HubEndpoints:
         self.waits: list[float] = []
         self.errors: list[str] = []
         self.stopping = threading.Event()
+        self.hanging: set[Any] = set()
         self.lock = threading.RLock()
         self.port = 0
 

@@ -123,6 +123,7 @@ class Hub(Protocol):
     errors: list[str]
     stopping: threading.Event
     lock: threading.RLock
+    hanging: set[Any]
 
     def route(self, method: str, path: str) -> tuple[str, Callable[[Call], Reply]]:
         """The endpoint's name, and what answers there."""
@@ -248,9 +249,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang(self) -> None:
         self._close()
-        while not self.server.hub.stopping.is_set():
-            readable, _, _ = select.select([self.connection], [], [], 0.05)
-            if readable and not self.connection.recv(1, socket.MSG_PEEK):
-                return
+        hub = self.server.hub
+        hub.hanging.add(self.client_address)
+        try:
+            while not hub.stopping.is_set():
+                readable, _, _ = select.select([self.connection], [], [], 0.05)
+                if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                    return
+        finally:
+            hub.hanging.discard(self.client_address)
 
     def log_message(self, format: str, *args: object) -> None: ...

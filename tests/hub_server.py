@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from hub_client import environment as environment
+from hub_client import impatient as impatient
 from hub_client import loopback_only as loopback_only
 from hub_client import online as online
 from hub_endpoints import HubEndpoints
@@ -37,6 +38,7 @@ class HubServer(HubEndpoints):
         etags: `opaque` for a mirror, whose ETags and listings say nothing about a file's content.
         page_size: entries of a page of the listing of files.
         waits: the seconds that `online` kept huggingface_hub from sleeping.
+        hanging: addresses of the clients that it leaves without an answer.
         errors: tracebacks of the server's own mistakes.
     """
 

@@ -26,14 +26,13 @@ import torch
 import yaml
 from sybil import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from time_limits import hang_seconds
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LANGUAGES = {"python", "bash", "yaml", "diff", "text", "bibtex"}
 INFO = re.compile(r'(?P<language>\w*) *(?:title="(?P<title>[^"]+)")?[^\n]*\n', re.MULTILINE)
 COMMANDS = ("e2e-sae", "torchrun", "make")
-SECONDS = 240
-"""The most that one bash block may take."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def run_commands(block: Block, folder: Path, bin_folder: Path = Path(sys.executa
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=SECONDS,
+        timeout=2 * hang_seconds(),
     )
     assert done.returncode == 0, f"{block} ended with status {done.returncode}:\n{done.stdout}"
     return done.stdout

@@ -10,7 +10,6 @@ import faulthandler
 import logging
 import multiprocessing
 import os
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from helpers import parameters_of, runner_config, tiny_hooked_transformer, token_dataset, training_sae
+from time_limits import hang_seconds
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
@@ -60,7 +60,6 @@ class End:
     metrics: list[dict[str, float]]
     error: str | None = None
     status: int | None = None
-    seconds: float = 0.0
     n_trained: int = 0
     """Numbers that the optimizer moves on this process."""
     n_moments: int = 0
@@ -97,7 +96,6 @@ class _Runner(E2ESAETrainingRunner):
 
 def do(run: Run) -> End:
     """The run, on this process; errors become part of what it ends with."""
-    began = time.monotonic()
     rank = int(os.environ.get("RANK", "0"))
     runner: _Runner | None = None
     error, status = None, None
@@ -127,7 +125,6 @@ def do(run: Run) -> End:
         [] if trainer is None else runner.logged,  # pyright: ignore[reportOptionalMemberAccess]
         error,
         status,
-        time.monotonic() - began,
         0 if trainer is None else sum(p.numel() for p in trainer.trained_parameters().values()),
         0 if trainer is None else _n_moments(trainer),
     )
@@ -137,13 +134,13 @@ def _n_moments(trainer: E2ESAETrainer) -> int:
     return sum(value.numel() for state in trainer.optimizer.state.values() for value in state.values() if value.ndim)
 
 
-def _main(environment: dict[str, str], runs: list[Run], folder: Path) -> None:
+def _main(environment: dict[str, str], runs: list[Run], folder: Path, limit: float) -> None:
     os.environ.update(environment)
     rank = environment.get("RANK", "0")
     log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(50, file=os.fdopen(log, "w"))
+    faulthandler.dump_traceback_later(0.9 * limit, file=os.fdopen(log, "w"))  # says where it hangs, see `finish`
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     warnings.simplefilter("ignore")
@@ -170,7 +167,7 @@ def start(size: int, runs: list[Run], folder: Path) -> list[BaseProcess]:
     processes: list[BaseProcess] = []
     for rank in range(size):
         environment = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-        process = PROCESSES.Process(target=_main, args=(environment, runs, folder))
+        process = PROCESSES.Process(target=_main, args=(environment, runs, folder, hang_seconds()))
         process.start()
         processes.append(process)
     return processes
@@ -179,8 +176,11 @@ def start(size: int, runs: list[Run], folder: Path) -> list[BaseProcess]:
 def finish(processes: list[BaseProcess], folder: Path) -> list[list[End]]:
     """Of every rank, the ends of its runs; [] of one that did not come to its end."""
     for process in processes:
-        process.join(60)
-        assert process.exitcode is not None, f"a rank hangs: {logs(folder)}"
+        process.join(hang_seconds())
+    hanging = [process for process in processes if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+    assert not hanging, f"{len(hanging)} ranks hang: {logs(folder)}"
     files = [folder / f"ends{rank}.pt" for rank in range(len(processes))]
     return [torch.load(file, weights_only=False) if file.exists() else [] for file in files]
 

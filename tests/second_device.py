@@ -1,7 +1,8 @@
 """A second device on a machine that has one: tensors that say they are on `second:0`, and compute on the CPU.
 
 A stand-in for a GPU in tests of what crosses from one device to the other. As on a GPU, an operation on tensors of both
-devices fails, but for copies, numbers in tensors without dimensions, and indices that lie on the CPU.
+devices fails, but for copies, numbers in tensors without dimensions, and indices that lie on the CPU. As on Apple's MPS,
+there is no float64.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class _Module:
 
 
 def _empty(size: Any, dtype: Any = None, **_: Any) -> OnSecond:
+    if dtype == torch.float64:
+        raise TypeError(f"Cannot convert a {NAME} Tensor to float64 dtype.")
     return OnSecond(torch.empty(size, dtype=dtype))
 
 
@@ -135,6 +138,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         lambda leaf: leaf.on_cpu if isinstance(leaf, OnSecond) else leaf, (args, kwargs)
     )
     result = func(*inner_args, **inner_kwargs)
+    if is_second:
+        _check_dtypes(func, result)
     outer = {id(tensor.on_cpu): tensor for tensor in tensors if isinstance(tensor, OnSecond)}
 
     def wrapped(leaf: Any) -> Any:
@@ -157,6 +162,13 @@ def _check_devices(func: Any, tensors: list[Tensor], is_second: bool) -> None:
             f"Expected all tensors to be on the same device, but {schema} got some on {NAME}:0 and "
             f"{[tuple(tensor.shape) for tensor in on_cpu]} on the CPU."
         )
+
+
+def _check_dtypes(func: Any, result: Any) -> None:
+    """As Apple's MPS, the device has no float64."""
+    made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    if any(tensor.dtype == torch.float64 for tensor in made):
+        raise TypeError(f"Cannot convert a {NAME} Tensor to float64 dtype ({func._schema.name}).")
 
 
 DEVICES = [

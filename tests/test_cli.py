@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from marks import slow_except
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from time_limits import hang_seconds
 
 from e2e_sae_plugin import __version__
 from e2e_sae_plugin.checkpoint import read_manifest
@@ -153,14 +155,14 @@ def e2e_sae(*arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_an_interrupted_command_has_the_conventional_status_and_resumes(number: signal.Signals, run_file: Path):
     process = e2e_sae("--config", str(run_file))
     log = run_file.parent / "out/metrics.jsonl"
     while process.poll() is None and not log.exists():
         time.sleep(0.05)
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=hang_seconds())[0]
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], output[-2000:]
     assert "Traceback" not in output
     assert f"{number.name}: stopping after this step." in output
@@ -169,7 +171,7 @@ def test_an_interrupted_command_has_the_conventional_status_and_resumes(number: 
     assert f"{number.name} at step {steps}. Saved a checkpoint." in output
     assert 0 < steps < 600
     process = e2e_sae("--config", str(run_file), "--resume", "auto")
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=hang_seconds())[0]
     assert process.returncode == 0, output[-2000:]
     assert f"Resumed from {checkpoint}, after step {steps}." in output
     lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -205,7 +205,7 @@ def test_the_folder_one_stands_in_has_a_name(folder: Path, monkeypatch: pytest.M
         ("nowhere", "There is no folder 'nowhere'. Expected a folder, or RELEASE:SAE_ID"),
         ("a=nowhere", "There is no folder 'nowhere'"),
         ("=one", "There is no folder '=one'"),
-        ("empty", "The folder 'empty' holds no SAE: neither it nor a folder in it has a cfg.json"),
+        ("empty", "The folder 'empty' holds no SAE, nor does a folder in it. Supported formats: SAELens"),
     ],
 )
 def test_sources_without_an_sae_are_refused(folder: Path, source: str, message: str):
@@ -401,6 +401,7 @@ def test_kinds_of_ones_own_without_a_local_sae(model: Any):
     check_text(report)
 
 
+@pytest.mark.slow
 def test_a_dead_dictionary_gives_numbers_and_a_warning(model: Any, tmp_path: Path):
     saes = made_up_sweep() | {"dead": dead_sae(), "dead too": dead_sae(seed=1)}
     found = compare(saes, model, TOKENS, n_cards=1, cache=tmp_path)

@@ -18,7 +18,7 @@ from e2e_sae_plugin.cli import main
 from e2e_sae_plugin.comparison import inputs
 from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
 from e2e_sae_plugin.comparison.report import report_in
-from e2e_sae_plugin.demo import demo_tokens, load_demo_model
+from e2e_sae_plugin.demo import bundled, demo_tokens, load_demo_model
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
@@ -35,7 +35,7 @@ def demo_model() -> Any:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model: Any) -> Path:
     """SAEs of the bundled model, which is loaded once; its text is tokenised once."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inputs, "bundled_model", lambda name, _: demo_model if name == "e2e-sae-demo" else None)
+    monkeypatch.setattr(bundled, "load_demo_model", lambda device: demo_model.to(device))
     monkeypatch.setattr(inputs, "demo_tokens", held_out)
     for kind in ("local", "e2e"):
         for seed in (0, 1):
@@ -104,7 +104,7 @@ def test_a_folder_of_checkpoints_is_refused_with_the_nearest_sae(folder: Path, c
     Path("ck/run/99999/cfg.json").write_text("{}")  # without weights
     for command in (["evaluate", "ck"], ["push", "me/demo", "ck", "--dry-run"]):
         assert main(command) == 2
-        assert "has a cfg.json. Did you mean ck/run/10240?" in capsys.readouterr().err
+        assert "nor does a folder in it. Did you mean ck/run/10240?" in capsys.readouterr().err
     Path("deep").mkdir()
     Path("ck").rename("deep/ck")
     assert main(["evaluate", "deep"]) == 2
@@ -278,17 +278,23 @@ def test_a_damaged_sae_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     weights = folder / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert main(["evaluate", str(folder)]) == 2
-    assert f"The SAE in {str(folder)!r} is damaged" in capsys.readouterr().err
+    assert f"The SAE in {str(folder)!r} is corrupt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags", [["--model-dtype", "float16"], ["--model-dtype", "bfloat16"], ["--model-class", "TransformerBridge"]]
-)
-def test_settings_without_effect_on_the_bundled_model_are_refused(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def saved_sae(folder: Path) -> str:
     made = StandardSAE(StandardSAEConfig(d_in=128, d_sae=64))
     made.cfg.metadata.model_name, made.cfg.metadata.hook_name = "e2e-sae-demo", "blocks.3.hook_resid_pre"
-    made.save_model(tmp_path / "sae")
-    assert main(["evaluate", str(tmp_path / "sae"), *flags]) == 2
-    assert flags[0] in capsys.readouterr().err
+    made.save_model(folder)
+    return str(folder)
+
+
+def test_the_bundled_model_is_loaded_as_one_class_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", saved_sae(tmp_path / "sae"), "--model-class", "TransformerBridge"]) == 2
+    assert "--model-class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_bundled_model_is_loaded_in_the_dtype_that_is_asked_for(dtype: str, tmp_path: Path):
+    sae = SAE.load_from_disk(saved_sae(tmp_path / "sae"))
+    model = load_model_of(sae, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}

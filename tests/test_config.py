@@ -49,9 +49,9 @@ def test_an_existing_config_of_the_host_is_accepted_with_its_values():
         "train_batch_size_tokens": 64, "training_tokens": 640, "lr": 0.01, "checkpoint_path": None,
     }  # fmt: skip
     host = LanguageModelSAERunnerConfig(**settings, logger=LoggingConfig(log_to_wandb=False))
-    ours = E2ESAERunnerConfig(**settings, logger=LoggingConfig(log_to_wandb=False))
+    ours = E2ESAERunnerConfig(**settings, local_first=0.0, logger=LoggingConfig(log_to_wandb=False))
     assert {name: getattr(ours, name) for name in HOST_FIELDS} == {name: getattr(host, name) for name in HOST_FIELDS}
-    assert ours.objective == Objective.e2e()
+    assert ours.objective == Objective.finetune()
     assert ours.max_grad_norm == 1.0
 
 
@@ -73,6 +73,7 @@ IDLE_VALUES: dict[str, Any] = {
     "dead_feature_threshold": 1e-3,
     "hook_eval": "something",
     "is_dataset_tokenized": False,
+    "dataset_trust_remote_code": False,
 }
 
 
@@ -150,7 +151,7 @@ def test_defaults_do_not_warn(caplog: pytest.LogCaptureFixture):
         ({"local_first": math.nan}, "local_first must be a share"),
         ({"local_first": 0.5, "objective": Objective.local()}, "local_first=0.5 has no effect: the objective is local"),
         ({"local_first": 0.5}, "local_first=0.5 cannot be trained with architecture 'standard' and objective.mse=0"),
-        ({"b_dec_init_method": "median"}, "b_dec_init_method must be 'zeros' or 'mean', got 'median'"),
+        ({"b_dec_init_method": "median"}, "b_dec_init_method must be 'auto', 'mean' or 'zeros', got 'median'"),
         (
             {"b_dec_init_method": "mean", "from_pretrained_path": "x"},
             "b_dec_init_method='mean' would overwrite the b_dec of from_pretrained_path",
@@ -291,7 +292,7 @@ def test_a_host_runner_cfg_is_read_with_the_default_objective():
         logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
     config = E2ESAERunnerConfig.from_dict(through_json(host.to_dict()))
-    assert config.objective == Objective.e2e()
+    assert config.objective == Objective.finetune()
     assert config.sae == host.sae
     assert config.checkpoint_path == host.checkpoint_path
 

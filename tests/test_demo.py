@@ -5,7 +5,15 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from e2e_sae_plugin.demo import bits_per_byte, demo_dataset, demo_tokens, load_demo_model, load_demo_tokenizer
+from e2e_sae_plugin.demo import (
+    bits_per_byte,
+    corpus,
+    demo_dataset,
+    demo_tokens,
+    load_demo_model,
+    load_demo_tokenizer,
+    run,
+)
 from e2e_sae_plugin.demo.corpus import split_of, stdlib_files, stdlib_texts
 from e2e_sae_plugin.demo.model import MODEL_DIRECTORY
 from e2e_sae_plugin.demo.run import KINDS, demo_config, run_demo
@@ -114,8 +122,9 @@ def test_demo_kinds_differ_in_nothing_but_objective():
     assert configs[0] == configs[1] == configs[2]
 
 
-@pytest.mark.slow
-def test_demo_runs_prints_one_table_and_writes_loadable_saes(tmp_path, capsys):
+def test_demo_runs_prints_one_table_and_writes_loadable_saes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "EVALUATION_PROMPTS", 20)
+    monkeypatch.setattr(corpus, "stdlib_files", lambda *given, **named: stdlib_files(*given, **named)[:8])
     text = run_demo(tmp_path, training_tokens=10_240)
     for kind in KINDS:
         assert f"\n{kind.name} " in text

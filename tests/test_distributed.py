@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import BUILT_IN_ARCHITECTURES
+from marks import slow_except
 from ranked_runs import End, Run, launch, logs
 from sae_lens.config import LoggingConfig
 
@@ -48,16 +52,28 @@ VARIANTS: dict[str, Run] = {
     "early stop": Run("standard", {**SETTINGS, "patience_evaluations": 1, "lr": 3.0, "logger": EVERY_STEP}),
 }
 
+# On two ranks in `make test`; all others, and these on four, in `make check`.
+FIRST = ("standard", "batchtopk", "downstream", "excluded tokens")
+CASES = slow_except(itertools.product(VARIANTS, (2, 4)), *((name, 2) for name in FIRST))
+
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[End]]]:
-    """Of each number of ranks, of every rank, of every variant."""
-    runs, folder = list(VARIANTS.values()), tmp_path_factory.mktemp("ranks")
-    found = {size: launch(size, runs, folder / str(size)) for size in (1, 2, 4)}
-    # What rounding alone does: one process, with other micro-batches.
-    found[0] = launch(1, [_in_small_parts(run) for run in runs], folder / "0")
-    assert all(each for size in found for each in found[size]), {size: logs(folder / str(size)) for size in found}
-    return found
+def ends_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], tuple[End, ...]]:
+    """What every rank has at the end of a variant, by the number of ranks; 0 is one process with other micro-batches."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    @functools.cache
+    def launched(size: int, first: bool) -> dict[str, tuple[End, ...]]:
+        """The variants of one launch: starting processes takes longer than most runs."""
+        runs = {name: run for name, run in VARIANTS.items() if (name in FIRST) == first}
+        if size == 0:
+            runs = {name: _in_small_parts(run) for name, run in runs.items()}
+        where = folder / f"{size}-{first}"
+        of_ranks = launch(max(size, 1), list(runs.values()), where)
+        assert all(of_ranks), logs(where)
+        return dict(zip(runs, zip(*of_ranks, strict=True), strict=True))
+
+    return lambda size, name: launched(size, name in FIRST)[name]
 
 
 def _in_small_parts(run: Run) -> Run:
@@ -68,33 +84,30 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max(float((value - other[name]).abs().max()) for name, value in one.items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_ranks_end_where_one_process_does(name: str, size: int, ends: dict[int, list[list[End]]]) -> None:
-    index = list(VARIANTS).index(name)
-    alone, rounded = ends[1][0][index], ends[0][0][index]
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_ranks_end_where_one_process_does(name: str, size: int, ends_of: Callable[[int, str], tuple[End, ...]]) -> None:
+    (alone,), (rounded,), ranks = ends_of(1, name), ends_of(0, name), ends_of(size, name)
     assert alone.error is None
     assert alone.weights
     # Adam makes a step of any size from a gradient that is nearly 0, so rounding may show there.
     tolerance = max(1e-6, 3 * difference(alone.weights, rounded.weights))
     assert tolerance < 1e-4
-    for rank, each in enumerate(ends[size]):
-        end = each[index]
+    for rank, end in enumerate(ranks):
         assert end.error is None, rank
         assert difference(alone.weights, end.weights) <= tolerance
         assert difference(alone.statistics, end.statistics) == 0
-        assert difference(ends[size][0][index].weights, end.weights) == 0  # replicas, to the bit
+        assert difference(ranks[0].weights, end.weights) == 0  # replicas, to the bit
         assert len(end.metrics) == len(alone.metrics)
         for mine, theirs in zip(end.metrics, alone.metrics, strict=True):
             assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
 
 
-def test_the_variants_show_what_they_are_for(ends: dict[int, list[list[End]]]) -> None:
+@pytest.mark.slow
+def test_the_variants_show_what_they_are_for(ends_of: Callable[[int, str], tuple[End, ...]]) -> None:
     """The auxiliary loss is there, the run stops early, and parts are without tokens: or the equalities above say little."""
 
     def of(name: str) -> End:
-        return ends[1][0][list(VARIANTS).index(name)]
+        return ends_of(1, name)[0]
 
     assert (
         max(

@@ -17,9 +17,12 @@ from e2e_sae_plugin.early_stop import EarlyStop
 EVERY_STEP = LoggingConfig(log_to_wandb=False, wandb_log_frequency=1, eval_every_n_wandb_logs=1)
 
 
+STEPS = 30
+
+
 def run(folder: Path, name: str, **settings: Any) -> Any:
     """A learning rate at which the KL soon rises."""
-    defaults: dict[str, Any] = {"n_eval_batches": 1, "training_tokens": 32 * 30, "lr": 0.3, "logger": EVERY_STEP}
+    defaults: dict[str, Any] = {"n_eval_batches": 1, "training_tokens": 32 * STEPS, "lr": 0.3, "logger": EVERY_STEP}
     config = runner_config(**{**defaults, **settings}, output_path=str(folder / name))
     given: dict[str, Any] = {"override_dataset": token_dataset(), "override_model": tiny_hooked_transformer()}
     runner = E2ESAETrainingRunner(config, **given, override_sae=training_sae(config))
@@ -67,7 +70,7 @@ def test_a_run_stops_where_the_kl_has_stopped_falling(tmp_path: Path):
     best = min(patient)
     assert best < start
     n_steps = patient.index(best) + 1 + 3
-    assert n_steps < 20
+    assert n_steps < STEPS
     assert patient[:n_steps] == free[:n_steps]
     assert patient[n_steps:] == [best]  # at the end comes one of the best weights, which are what is saved
     assert runner._evaluate(runner_trainer(runner))["metrics/held_out_kl"] == pytest.approx(best, rel=1e-5)

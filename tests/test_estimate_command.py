@@ -28,6 +28,7 @@ def content(tmp_path: Path) -> dict[str, Any]:
         "model_name": "e2e-sae-demo",
         "dataset_path": "e2e-sae-demo",
         "hook_name": "blocks.3.hook_resid_pre",
+        "objective": "e2e",
         "context_size": 16,
         "training_tokens": 64_000,
         "train_batch_size_tokens": 64,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub_client import environment
 from hub_server import HubServer
+from time_limits import hang_seconds
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -37,7 +38,7 @@ def run(
     variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / script), *arguments],
-        cwd=folder, env=variables, capture_output=True, text=True, timeout=600, check=False,
+        cwd=folder, env=variables, capture_output=True, text=True, timeout=4 * hang_seconds(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

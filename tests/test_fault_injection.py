@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from fault_runs import STEPS, Fault, Outcome, end_state, finish, moments, prepare, run, run_until_signal, start
+from marks import slow_except
 
 from e2e_sae_plugin.checkpoint import DamagedCheckpointError, verify_checkpoint
 
@@ -74,7 +75,7 @@ def kill_at_operation(folder: Path, reference: Reference, operation: int, torn: 
     assert_ends_as_the_reference(folder, reference)
 
 
-@pytest.mark.parametrize("share", [0.03, 0.52, 0.97, 0.999])
+@pytest.mark.parametrize("share", slow_except([0.03, 0.52, 0.97, 0.999], 0.52))
 def test_a_kill_during_a_write_loses_nothing(share: float, tmp_path: Path, reference: Reference):
     kill_at_operation(tmp_path, reference, max(int(share * reference.operations), 1), torn=share > 0.5)
 
@@ -105,7 +106,7 @@ def interrupt_at(folder: Path, reference: Reference, number: signal.Signals, mom
     assert_ends_as_the_reference(folder, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", slow_except([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_run_that_is_stopped_and_resumed_is_the_same_run(
     number: signal.Signals, tmp_path: Path, reference: Reference
 ):
@@ -203,6 +204,7 @@ def here_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here_python")
 def test_a_small_file_system_that_fills_up_costs_no_checkpoint_that_was_there(tmp_path: Path, reference: Reference):
     disk, folder = tmp_path / "disk", tmp_path / "run"
@@ -232,6 +234,7 @@ def test_a_small_file_system_that_fills_up_costs_no_checkpoint_that_was_there(tm
     assert_ends_as_the_reference(tmp_path / "again", reference)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here_python")
 def test_a_read_only_folder_is_refused_before_the_model_is_loaded(tmp_path: Path, reference: Reference):
     disk, folder = tmp_path / "disk", tmp_path / "run"
@@ -260,7 +263,7 @@ def test_a_folder_that_vanishes_during_the_run_is_made_again(tmp_path: Path, ref
 # Damage.
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", slow_except(range(3), 0))
 def test_auto_passes_over_a_damaged_checkpoint_and_ends_the_same(seed: int, tmp_path: Path, reference: Reference):
     outcome = run(reference.data, tmp_path, Fault(reference.operations // 2))
     assert outcome.status == -9

@@ -79,7 +79,7 @@ def test_a_run_goes_on_by_itself(folder: Path, capsys: pytest.CaptureFixture[str
             ("--sae", "nowhere"),
             "taken for a release of SAELens or a Hub repository, and needs a sae_id",
         ),
-        (("--sae", "corpus"), "holds no SAE: it has no cfg.json"),
+        (("--sae", "corpus"), "holds no SAE. Supported formats: SAELens"),
         (("--sae", "topk", "--tokens", "10"), "training_tokens=10 is less than one step"),
         (("--sae", "topk", "--model", "gpt2"), "model_name='model', not 'gpt2'"),
         (("--sae", "topk", "--hook", "transformer.h.0"), "hook_name='transformer.h.1', not 'transformer.h.0'"),

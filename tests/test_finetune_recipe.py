@@ -180,7 +180,6 @@ def test_another_place_is_refused_unless_forced(settings: dict[str, Any], messag
         ({}, {"store_batch_size_prompts": 0}, "store_batch_size_prompts must be a whole number"),
         ({}, {"model_dtype": "float99"}, "model_dtype must be one of .*'bfloat16'.*got 'float99'"),
         ({}, {"objective": None}, "objective must be an Objective, got None"),
-        ({}, {"dataset_path": __file__}, "is a file. Give the folder that it lies in"),
         ({}, {"output_pat": "x"}, "Unknown key 'output_pat' .* Did you mean 'output_path'"),
         ({}, {"sae_settings": {"l1_coefficient": 1.0}}, "'topk' has no training setting 'l1_coefficient'"),
     ],

@@ -106,7 +106,7 @@ def test_saes_are_found_in_folders_and_refused_by_name_elsewhere(tmp_path: Path)
     original = finished("standard", tmp_path / "sae")
     assert same_weights(load_sae(tmp_path / "sae"), original)
     assert load_sae(original) is original
-    with pytest.raises(ValueError, match=r"holds no SAE: it has no cfg.json"):
+    with pytest.raises(ValueError, match=r"holds no SAE. Name one of the folders in it: sae"):
         load_sae(tmp_path)
     with pytest.raises(ValueError, match="sae_id='x' has no meaning"):
         load_sae(tmp_path / "sae", "x")

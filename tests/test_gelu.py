@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import sum_bound
 
 from e2e_sae_plugin.kernels import gelu
 from e2e_sae_plugin.kernels.gelu import gelu_tanh
@@ -27,7 +28,9 @@ def test_values_and_slopes_are_those_of_the_formula(tile: int, monkeypatch: pyte
     leaf = x.clone().requires_grad_()
     got = gelu_tanh(leaf)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(got, leaf, seed)[0].double(), slope, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaf, seed)[0].double(), slope, rtol=1e-5, atol=sum_bound(20, 16.0)
+    )  # of some 20 operations, on values of 4 standard deviations
     assert torch.equal(leaf, x)
     assert torch.equal(gelu_tanh(x), got)
 

@@ -14,13 +14,12 @@ from hub_sae_files import files as files
 from hub_sae_files import no_pauses as no_pauses
 from hub_sae_files import other_files as other_files
 from hub_saes import REPO, texts_of
-from hub_server import Fault, HubServer, online
+from hub_server import Fault, HubServer, impatient, online
 from hub_server import hub_fixture as hub_fixture
 from huggingface_hub import constants
 from sae_lens import SAE
 from safetensors.torch import save
 
-from e2e_sae_plugin.hub import calls, revision
 from e2e_sae_plugin.hub.calls import HubError
 from e2e_sae_plugin.hub.download import fetch_if_there, resolve
 from e2e_sae_plugin.hub.load import load_pretrained
@@ -155,7 +154,7 @@ def test_what_was_fetched_here_saelens_uses_offline(
 
 
 def test_a_listing_that_hangs(hub: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(calls, "SILENCE_SECONDS", 0.2)
+    impatient(monkeypatch, hub)
     hub.create(REPO, files)
     hub.faults.append(Fault("repo_info", "hang", times=None, skip=1))
     with pytest.raises(HubError, match=r"list the files.*no answer"):
@@ -163,13 +162,9 @@ def test_a_listing_that_hangs(hub: HubServer, files: dict[str, bytes], monkeypat
 
 
 @pytest.mark.parametrize("endpoint", ["repo_info", "get_file"])
-def test_a_server_that_hangs(
-    endpoint: str, hub: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_a_server_that_hangs(endpoint: str, hub: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
     hub.create(REPO, files)
-    monkeypatch.setattr(calls, "SILENCE_SECONDS", 0.1)
-    monkeypatch.setattr(revision, "ANSWER_SECONDS", 0.1)
-    online(monkeypatch, hub, tmp_path / "new-home", timeout=0.1)
+    impatient(monkeypatch, hub)
     hub.faults.append(Fault(endpoint, "hang", times=None))
     with pytest.raises(HubError, match="no answer from") as caught:
         load_pretrained(REPO, ID)

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 from hub_saes import HOOK, REPO, an_sae, texts_of
-from hub_server import Fault, HubServer, environment, online
+from hub_server import Fault, HubServer, environment, impatient, online
 from hub_server import hub_fixture as hub_fixture
-from huggingface_hub import file_download
 from sae_lens import SAE
 
 from e2e_sae_plugin.hub import calls
@@ -34,10 +33,8 @@ DONE_BUT = ("drop_after", "fail_after")
 
 
 @pytest.fixture(autouse=True)
-def _short_waits(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    online(monkeypatch, hub, tmp_path / "hub-home", timeout=0.25)
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.25)
-    monkeypatch.setattr(calls, "SILENCE_SECONDS", 0.25)
+def _no_waits(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch, hub)
     monkeypatch.setattr(calls, "PAUSES_SECONDS", (0.0, 0.0, 0.0))
 
 
@@ -131,7 +128,7 @@ def test_all_or_nothing(
 
 @pytest.mark.parametrize("what", [401, 404, 500, "drop"])
 def test_xet_storage_that_fails(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: Any):
-    online(monkeypatch, hub, tmp_path / "xet", xet=True, timeout=0.25)
+    online(monkeypatch, hub, tmp_path / "xet", xet=True)
     hub.faults.append(Fault("xet_token", what, times=None, message="no {token} for you"))
     with pytest.raises(HubError) as caught:
         push()
@@ -181,7 +178,7 @@ def test_two_pushes_at_once(hub: HubServer):
 
 
 def test_interrupted_by_the_keyboard(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(calls, "SILENCE_SECONDS", 30)
+    monkeypatch.setattr(calls, "SILENCE_SECONDS", None)  # or it would be over at once, see `impatient`
     hub.faults.append(Fault("commit", "hang"))
 
     def interrupt() -> None:

@@ -36,6 +36,7 @@ from huggingface_hub.errors import (
 )
 from sae_lens import SAE
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
+from time_limits import hang_seconds
 
 httpx = client_httpx()
 REPO = "someone/saes"
@@ -319,7 +320,12 @@ def test_another_process(hub: HubServer, tmp_path: Path):
     )
     variables = environment(hub, tmp_path / "home")
     done = subprocess.run(
-        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=hang_seconds(),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "home/hub")

@@ -10,7 +10,7 @@ import torch
 from helpers import build_trainer, runner_config, token_batch
 from torch import Tensor
 
-from e2e_sae_plugin import Objective
+from e2e_sae_plugin import E2ESAERunnerConfig, Objective
 from e2e_sae_plugin.initialisation import estimate_activation_scaling, initialise_b_dec
 
 NORMALISATIONS = ["none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening"]
@@ -42,13 +42,26 @@ def test_b_dec_starts_at_the_mean_so_that_an_sae_without_features_returns_it(nor
     torch.testing.assert_close(residual.mean(0), torch.zeros(residual.shape[1]), rtol=0, atol=1e-4)
 
 
-def test_b_dec_is_left_alone_by_default_and_in_a_run_that_goes_on():
-    for method, samples in (("zeros", 0), ("mean", 32)):
-        trainer = trainer_on_data(b_dec_init_method=method)
-        trainer.n_training_samples = samples
-        before = trainer.sae.b_dec.detach().clone()
+@pytest.mark.parametrize(
+    ("method", "samples", "identity"),
+    [("zeros", 0, None), ("mean", 32, None), ("auto", 32, None), ("auto", 0, "the fingerprint of a given SAE")],
+)
+def test_b_dec_is_left_alone_in_a_run_that_is_resumed_or_has_an_sae_already(
+    method: Any, samples: int, identity: str | None
+):
+    trainer = trainer_on_data(b_dec_init_method=method)
+    trainer.n_training_samples, trainer.identity = samples, {"override_sae": identity}
+    before = trainer.sae.b_dec.detach().clone()
+    initialise_b_dec(trainer)
+    assert torch.equal(trainer.sae.b_dec, before)
+
+
+def test_b_dec_of_a_new_sae_starts_at_the_mean_by_default():
+    by_default, from_mean = (trainer_on_data(b_dec_init_method=method) for method in ("auto", "mean"))
+    for trainer in (by_default, from_mean):
         initialise_b_dec(trainer)
-        assert torch.equal(trainer.sae.b_dec, before)
+    assert torch.equal(by_default.sae.b_dec, from_mean.sae.b_dec)
+    assert E2ESAERunnerConfig(sae=by_default.runner_cfg.sae, verbose=False).b_dec_init_method == "auto"
 
 
 def test_the_first_part_of_a_run_is_local_and_the_rest_is_the_objectives():

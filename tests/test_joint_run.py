@@ -116,6 +116,7 @@ def test_a_run_leaves_one_sae_of_saelens_per_hook_and_a_set(whole: Path):
     assert evaluations[-1]["metrics/held_out_l0"] == pytest.approx(float(rows[-1]["L0 so far"]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_trained_set_costs_less_than_an_untrained_one(tmp_path: Path):
     model, tokens = tiny_hooked_transformer(), token_batch(n_prompts=16, seed=9)
     found: list[float] = []

@@ -26,7 +26,8 @@ from e2e_sae_plugin import E2ESAETrainingRunner, Objective, splice_into, spliced
 from e2e_sae_plugin.hub.card.entry import CardEntry
 from e2e_sae_plugin.hub.card.sections import objectives
 from e2e_sae_plugin.kernels import kl_top_k
-from e2e_sae_plugin.kernels.kl import LinearHead, fused_kl_sum
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
 from e2e_sae_plugin.kernels.kl_top_k import top_k_kl_sum
 from e2e_sae_plugin.spliced_losses import check_kl_top_k, draw_positions, position_draws
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from helpers import hook_of, proxy, randomise, tiny_gpt2_model, tiny_llama_model, token_batch
+from time_limits import hang_seconds
 from torch import Tensor, nn
 
 from e2e_sae_plugin import Objective, splice_into
-from e2e_sae_plugin.kernels.kl import LinearHead, fused_kl_sum
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.kernels.kl import fused_kl_sum
 from e2e_sae_plugin.losses import kl_per_token
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import clean_micro_batch, spliced_terms
@@ -84,14 +86,14 @@ def test_weights_without_numbers_are_refused():
 
 
 def test_a_bf16_model_trains_the_sae_as_its_weights_in_fp32_do():
-    """Same weights, rounded to bf16 once: what is left is the rounding of activations, some 1 in 256."""
+    """Same weights, rounded to bf16 once: what is left is the rounding of activations, 1 in 512 in each of some 50 steps."""
     for family, make in MODELS.items():
         narrow = make().to(torch.bfloat16)
         wide = copy.deepcopy(narrow).float()
         terms, gradient = terms_and_gradient(spliced(family, narrow), noise=1.0)
         expected_terms, expected = terms_and_gradient(spliced(family, wide), noise=1.0)
         assert terms == pytest.approx(expected_terms, rel=0.05), family
-        assert float((gradient - expected).norm() / expected.norm()) < 0.05, family
+        assert float((gradient - expected).norm() / expected.norm()) < 0.1, family
 
 
 def test_the_kl_of_a_bf16_head_is_summed_in_fp32():
@@ -121,7 +123,8 @@ def test_a_model_split_by_tensor_parallelism_gives_the_same_gradient(tmp_path: P
     paths = os.pathsep.join([str(here.parent), str(here)])
     result = subprocess.run(
         [*command, str(here / "tensor_parallel.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=hang_seconds(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("the gradients agree") == 2

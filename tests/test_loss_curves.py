@@ -73,9 +73,9 @@ def trainer_of(architecture: str, sae: dict[str, Any], active: float | None) -> 
     ("architecture", "sae", "active", "is_sparse"),
     [
         ("standard", {"l1_coefficient": 0.01}, None, False),
-        ("standard", {"l1_coefficient": 0.001}, 0.012, True),
+        pytest.param("standard", {"l1_coefficient": 0.001}, 0.012, True, marks=pytest.mark.slow),
         ("topk", {"k": 4}, None, True),
-        ("topk", {"k": 4, "rescale_acts_by_decoder_norm": False}, None, True),
+        pytest.param("topk", {"k": 4, "rescale_acts_by_decoder_norm": False}, None, True, marks=pytest.mark.slow),
     ],
     ids=["relu", "sparse relu", "topk", "topk without rescaling"],
 )

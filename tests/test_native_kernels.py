@@ -70,8 +70,11 @@ def test_native_blocks_compute_what_the_models_own_compute(overrides: dict[str, 
     own = hidden_and_gradient(spliced_model, token_batch(3), native=False)
     native = hidden_and_gradient(spliced_model, token_batch(3), native=True)
     for ours, expected in zip(native, own, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
-        assert expected.abs().max() > 0.01
+        largest = float(
+            expected.detach().abs().max()
+        )  # attention without its scale makes rounding a hundred times larger
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3 * largest)
+        assert largest > 0.01
 
 
 @pytest.mark.parametrize("overrides", OWN_CODE, ids=str)

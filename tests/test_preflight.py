@@ -107,7 +107,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
 
 
 @given(name=st.sampled_from(sorted(INVALID)), data=st.data(), others=st.fixed_dictionaries({}, optional=VALID))
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=600)
 def test_an_invalid_setting_is_refused_by_its_name_whatever_the_others(
     name: str, data: st.DataObject, others: dict[str, Any]
 ):
@@ -121,7 +121,7 @@ def test_an_invalid_setting_is_refused_by_its_name_whatever_the_others(
 
 
 @given(others=st.fixed_dictionaries({}, optional=VALID))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_valid_settings_are_accepted_in_every_combination(others: dict[str, Any]):
     config = runner_config(**{"checkpoint_path": "checkpoints", "training_tokens": 320, **others})
     again = E2ESAERunnerConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -180,6 +180,7 @@ def test_a_warm_up_that_does_not_end_is_refused(architecture: str, name: str):
 def test_the_coefficient_after_the_longest_warm_up_is_that_of_the_last_step():
     config = runner_config(sae={"l1_warm_up_steps": 9, "l1_coefficient": 0.5})
     trainer = build_trainer(config, data=iter(token_batch(seed=step) for step in range(10)))
+    coefficient = 0.0
     while not trainer.is_done:
         coefficient = trainer.get_coefficients()["l1"]
         trainer.advance()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 import subprocess
@@ -18,6 +19,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*_*.yml"))
 RELEASE = runpy.run_path(str(ROOT / "scripts/release.py"))
+OTHER_PYTHONS = runpy.run_path(str(ROOT / "scripts/other_pythons.py"))
 absolute_links = runpy.run_path(str(ROOT / "hatch_build.py"))["absolute_links"]
 
 
@@ -64,8 +66,7 @@ def test_ci_runs_what_the_repository_runs():
 def test_the_same_versions_of_python_everywhere():
     ci = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
     versions = ci["strategy"]["matrix"]["python"]
-    classifiers = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if "Python :: 3." in each]
-    assert versions == classifiers
+    assert versions == OTHER_PYTHONS["supported_versions"]()  # the classifiers
     minors = [int(version.split(".")[1]) for version in versions]
     assert minors == list(range(minors[0], minors[-1] + 1))
     assert PROJECT["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
@@ -78,6 +79,46 @@ def test_the_same_versions_of_python_everywhere():
         for told in re.findall(r"PYTHON: python(3\.\d+)", text):
             assert f'python-version: "{told}"' in text, workflow.name
             assert told in versions
+
+
+def test_other_pythons_are_found_on_the_path_and_among_pyenvs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    find = OTHER_PYTHONS["interpreter"]
+    assert find(here) is None
+    shim = tmp_path / f"python{here}"  # of a version that pyenv has and does not start
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    assert find(here) is None
+    inside = tmp_path / f"pyenv/versions/{here}.0/bin"
+    inside.mkdir(parents=True)
+    (inside / "python").symlink_to(sys.executable)
+    assert find(here) == str(inside / "python")
+    assert find("3.99") is None
+
+
+def test_other_pythons_run_tests_that_there_are():
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in OTHER_PYTHONS["TESTS"])
+    assert re.fullmatch(r"torch==[\d.]+(\+cpu)?", OTHER_PYTHONS["cpu_torch"]())
+
+
+def test_make_check_runs_every_test_once():
+    """Whatever marks a test has, the expression of one of the targets selects it."""
+    makefile = (ROOT / "Makefile").read_text()
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    marks = [each.partition(":")[0] for each in options["markers"]]
+    selections = dict(
+        re.findall(r"^([a-z]+|\$\(SLOW_TESTED\)): .*\n\t\$\(BIN\)/pytest -m '?([a-z ]+)'?$", makefile, re.M)
+    )
+    assert selections.keys() == {"$(SLOW_TESTED)", "faults", "pages"}
+    (by_default,) = re.findall("-m '([^']+)'", options["addopts"])
+    (check,) = re.findall("^check: (.*?)  ##", makefile, re.M)
+    assert {"tested", "slow", "faults", "pages"} <= set(check.split())
+    for values in itertools.product([False, True], repeat=len(marks)):
+        marked = dict(zip(marks, values, strict=True))
+        chosen = [expression for expression in (by_default, *selections.values()) if eval(expression, {}, marked)]
+        assert len(chosen) == max(1, marked["exhaustive"] + marked["documentation"]), marked
 
 
 def test_every_make_target_that_is_named_exists():

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from e2e_sae_plugin import E2ESAERunnerConfig, E2ESAETrainingRunner
 from e2e_sae_plugin.build import load_language_model
-from e2e_sae_plugin.kernels.kl import LinearHead
+from e2e_sae_plugin.kernels.head import LinearHead
 from e2e_sae_plugin.model_settings import check_model_settings, loading_settings
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -22,6 +22,7 @@ from helpers import (
     tiny_tokenizer,
     token_dataset,
 )
+from marks import slow_except
 from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file
 
@@ -122,7 +123,7 @@ def test_random_states_are_those_of_the_checkpoint(tmp_path: Path):
 # Every architecture, schedule and normalisation.
 
 
-@pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_except(BUILT_IN_ARCHITECTURES, "standard", "batchtopk"))
 def test_every_architecture_resumes_to_the_bit(architecture: str, tmp_path: Path):
     settings: dict[str, Any] = {
         "architecture": architecture,
@@ -132,23 +133,30 @@ def test_every_architecture_resumes_to_the_bit(architecture: str, tmp_path: Path
     assert resume_each(tmp_path, run(tmp_path, **settings), **settings) >= 5
 
 
+SCALED = {"sae": {"normalize_activations": "expected_average_only_in"}, "b_dec_init_method": "mean"}
+
+
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 2, "lr_end": 1e-4},
-        {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 2},
-        {"lr_decay_steps": 3, "sae": {"l1_warm_up_steps": 4}},
+    slow_except(
+        [
+            {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 2, "lr_end": 1e-4},
+            {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 2},
+            {"lr_decay_steps": 3, "sae": {"l1_warm_up_steps": 4}},
+            {"architecture": "topk", "local_first": 0.5},
+            {"architecture": "matryoshka_batchtopk", "objective": Objective(matryoshka_levels="sampled")},
+            {"feature_sampling_window": 2, "max_grad_norm": None},
+            {"objective": Objective.local()},
+            {"exclude_special_tokens": [5, 6, 7]},
+            {"n_checkpoints": 2},
+            SCALED,
+            {"sae": {"normalize_activations": "covariance_whitening"}},
+            {"sae": {"dtype": "bfloat16"}},
+            {"objective": Objective.finetune(), "keep_decoder_norms": True, "frozen_parameters": ("b_dec",)},
+        ],
+        SCALED,
         {"architecture": "topk", "local_first": 0.5},
-        {"architecture": "matryoshka_batchtopk", "objective": Objective(matryoshka_levels="sampled")},
-        {"feature_sampling_window": 2, "max_grad_norm": None},
-        {"objective": Objective.local()},
-        {"exclude_special_tokens": [5, 6, 7]},
-        {"n_checkpoints": 2},
-        {"sae": {"normalize_activations": "expected_average_only_in"}, "b_dec_init_method": "mean"},
-        {"sae": {"normalize_activations": "covariance_whitening"}},
-        {"sae": {"dtype": "bfloat16"}},
-        {"objective": Objective.finetune(), "keep_decoder_norms": True, "frozen_parameters": ("b_dec",)},
-    ],
+    ),
     ids=str,
 )
 def test_every_schedule_and_normalisation_resumes_to_the_bit(settings: dict[str, Any], tmp_path: Path):
@@ -199,7 +207,7 @@ TEXT_KINDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TEXT_KINDS)
+@pytest.mark.parametrize("kind", slow_except(TEXT_KINDS, "map", "stream, mapped in batches", "stream, shuffle buffer"))
 @pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
 def test_raw_text_resumes_to_the_bit(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     dataset, model = text_dataset(kind, tmp_path), proxy(tiny_gpt2_model())

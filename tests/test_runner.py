@@ -28,6 +28,7 @@ from helpers import (
     token_dataset,
     training_sae,
 )
+from marks import slow_except
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.training.activations_store import ActivationsStore
@@ -154,7 +155,6 @@ save_file(found, folder + "/found.safetensors")
 """
 
 
-@pytest.mark.slow
 def test_a_process_without_this_package_computes_the_same_activations(tmp_path: Path):
     from safetensors.torch import save_file
 
@@ -179,7 +179,7 @@ def test_a_process_without_this_package_computes_the_same_activations(tmp_path: 
 # What training does.
 
 
-@pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_except(BUILT_IN_ARCHITECTURES, "standard", "topk", "jumprelu"))
 def test_the_kl_falls_during_a_short_run(architecture: str, tmp_path: Path):
     config = runner_config(
         architecture, output_path=str(tmp_path), lr=1e-2, training_tokens=32 * 60, dead_feature_window=10
@@ -296,12 +296,15 @@ NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm", "constant_no
 
 @pytest.mark.parametrize(
     ("architecture", "normalisation"),
-    [
-        (architecture, normalisation)
-        for architecture in BUILT_IN_ARCHITECTURES
-        for normalisation in NORMALISATIONS
-        if normalisation not in UNTRAINABLE_NORMALISATIONS.get(architecture, ())  # refused, see test_config.py
-    ],
+    slow_except(
+        [
+            (architecture, normalisation)
+            for architecture in BUILT_IN_ARCHITECTURES
+            for normalisation in NORMALISATIONS
+            if normalisation not in UNTRAINABLE_NORMALISATIONS.get(architecture, ())  # refused, see test_config.py
+        ],
+        *(("standard", normalisation) for normalisation in NORMALISATIONS),
+    ),
 )
 def test_each_normalisation_trains_and_folds(architecture: str, normalisation: str, tmp_path: Path):
     config = runner_config(
@@ -507,7 +510,6 @@ def test_wandb_without_a_login_is_refused_before_the_model_loads(tmp_path: Path,
         E2ESAETrainingRunner(config, override_dataset=token_dataset())
 
 
-@pytest.mark.slow
 def test_wandb_offline_gets_the_same_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)

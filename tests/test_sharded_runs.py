@@ -80,7 +80,6 @@ def assert_saved_alike(one: Path, other: Path) -> None:
     assert torch.allclose(*outputs, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_checkpoint_is_that_of_the_whole(tmp_path: Path) -> None:
     """Every file of a milestone, the final checkpoint and what `run()` returns; one process and two shards."""
     special = {"n_checkpoints": 1, "save_final_checkpoint": True, "checkpoint_every_minutes": None}
@@ -190,7 +189,6 @@ def test_the_ranks_send_what_the_documentation_says(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.slow
 def test_a_lost_rank_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """No other rank has its features, so none of the step at which it was lost can be written."""
     kill = {6: partial(signal_to, 1, signal.SIGKILL)}
@@ -218,7 +216,6 @@ def test_a_run_that_is_not_finite_stops_on_all_ranks_with_a_checkpoint(tmp_path:
     assert logs(tmp_path)["log0"].count("Saved a checkpoint") == 1
 
 
-@pytest.mark.slow
 def test_ranks_whose_features_do_not_divide_are_refused(tmp_path: Path) -> None:
     ends = launch(2, [Run("standard", {**SETTINGS, "shard_dictionary": True, "sae": {"d_sae": 33}})], tmp_path)
     for (end,) in ends:

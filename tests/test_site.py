@@ -99,7 +99,7 @@ def _search(visit: Visit, query: str) -> None:
     visit.page.keyboard.type(query)
     # A result's address has the whole query in it, so that those of half of it are not taken for the answer.
     whole = urllib.parse.quote_plus(query.split()[-1])
-    visit.page.wait_for_selector(f".md-search-result__link[href$='{whole}']", state="attached", timeout=60_000)
+    visit.page.wait_for_selector(f".md-search-result__link[href$='{whole}']", state="attached")
 
 
 def test_the_keyboard_reaches_content_and_can_be_seen_there(browser, site):

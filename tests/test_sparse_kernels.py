@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import sae_config
+from rounding import assert_equal_sums
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
@@ -290,18 +291,19 @@ def assert_equal_to_host(sae: Any, data: TrainStepInput, upstream: bool = True, 
         sae, lambda data: kernels.training_forward_pass(sae, data), data, upstream, own
     )
     host, expected = values_and_gradients(host_sae, host_sae.training_forward_pass, data, upstream, own)
+    n_terms = D + sae.cfg.d_sae + len(data.sae_in)  # of a pre-activation, a reconstruction and a mean over the tokens
     for name in ("sae_in", "sae_out", "loss"):
-        torch.testing.assert_close(getattr(ours, name), getattr(host, name), rtol=1e-5, atol=1e-5)
+        assert_equal_sums(getattr(ours, name), getattr(host, name), n_terms, name)
     acts = ours.feature_acts
-    torch.testing.assert_close(acts.to_dense() if acts.is_sparse else acts, host.feature_acts, rtol=1e-5, atol=1e-5)
+    assert_equal_sums(acts.to_dense() if acts.is_sparse else acts, host.feature_acts, n_terms)
     assert not acts.requires_grad
     assert list(ours.losses) == list(host.losses)
     for name, value in host.losses.items():
-        torch.testing.assert_close(ours.losses[name], value, rtol=1e-5, atol=1e-6)
+        assert_equal_sums(ours.losses[name], value, n_terms, name)
     assert ours.metrics.keys() == host.metrics.keys()
     for name, value in expected.items():
         gradient = gradients.get(name, torch.zeros_like(value))
-        torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_equal_sums(gradient, value, 2 * n_terms, name)
         assert gradient.stride() == sae.get_parameter(name).stride()
     assert gradients.keys() == {"W_enc", "b_enc", "W_dec", "b_dec"}
     return ours

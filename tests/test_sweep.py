@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import D_MODEL, runner_config, tiny_hooked_transformer, token_dataset
+from marks import slow_except
 from sae_lens import SAE
 from safetensors.torch import load_file
 from torch import Tensor
@@ -136,7 +137,7 @@ def break_at(monkeypatch: pytest.MonkeyPatch, name: str, step: int, error: Excep
 # The same SAE as alone.
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("architecture", slow_except(["standard", "topk", "batchtopk", "jumprelu"], "batchtopk"))
 def test_each_sae_is_the_one_that_is_trained_alone_to_the_bit(architecture: str, tmp_path: Path):
     sparsity = 4 if SPARSITY_FIELD[architecture] == "k" else 0.01
     kinds = {name: {**kind, "sparsities": [sparsity]} for name, kind in KINDS.items()}
@@ -160,6 +161,7 @@ def test_each_sae_is_the_one_that_is_trained_alone_to_the_bit(architecture: str,
     assert not any(weights[i].equal(weights[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
 
 
+@pytest.mark.slow
 def test_kinds_at_different_places_of_the_stream_and_hooks_inside_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -256,7 +258,10 @@ def test_the_bar_and_the_messages_are_as_quiet_as_the_base(tmp_path: Path, capsy
 # One that fails.
 
 
-@pytest.mark.parametrize("how", ["a rate that diverges", "not finite in the middle", "an error of its own"])
+HOW = ("a rate that diverges", "not finite in the middle", "an error of its own")
+
+
+@pytest.mark.parametrize("how", slow_except(HOW, "an error of its own"))
 def test_an_sae_that_fails_leaves_the_others_as_they_would_be(
     how: str, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -299,6 +304,7 @@ def test_one_that_has_failed_is_tried_again_and_the_others_are_left_alone(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_one_that_fails_before_its_first_step_or_at_its_end_is_a_failure_like_any_other(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -584,6 +590,7 @@ def test_an_sae_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path
 # Folders.
 
 
+@pytest.mark.slow
 def test_another_run_where_an_sae_would_go_is_refused_and_can_be_replaced(tmp_path: Path):
     sweep(tmp_path).run()
     with pytest.raises(ValueError, match=r"of e2e-0\.01-seed42 holds another run, which would be overwritten") as no:
@@ -614,6 +621,7 @@ def test_a_finished_sweep_is_not_trained_again(tmp_path: Path, monkeypatch: pyte
         assert ours.W_dec.equal(sae.W_dec)
 
 
+@pytest.mark.slow
 def test_a_grid_that_grows_trains_what_is_new_alone_and_from_the_beginning(tmp_path: Path):
     sweep(tmp_path).run()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/*/*")}

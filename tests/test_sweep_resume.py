@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from fault_runs import PROCESSES
+from fault_runs import PROCESSES, join
 from helpers import tiny_hooked_transformer, token_dataset
+from marks import slow_except
 from test_sweep import KINDS, STEPS, assert_all_trained, assert_same_sae, assert_same_sweep, break_at, sweep, table
 
 from e2e_sae_plugin import RunInterrupted
@@ -89,7 +90,10 @@ def sweep_checkpoints(folder: Path) -> list[Path]:
 # Signals.
 
 
-@pytest.mark.parametrize(("step", "number"), [(0, signal.SIGTERM), (3, signal.SIGINT), (STEPS - 1, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    slow_except([(0, signal.SIGTERM), (3, signal.SIGINT), (STEPS - 1, signal.SIGTERM)], (3, signal.SIGINT)),
+)
 def test_a_signal_finishes_the_round_and_saves_and_the_sweep_goes_on(
     step: int,
     number: int,
@@ -116,6 +120,7 @@ def test_a_signal_finishes_the_round_and_saves_and_the_sweep_goes_on(
     assert_same_sweep(tmp_path, whole, 3)
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_estimates_leaves_nothing_half_made(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -131,6 +136,7 @@ def test_a_signal_during_the_estimates_leaves_nothing_half_made(
     assert_same_sweep(tmp_path, whole, 3)
 
 
+@pytest.mark.slow
 def test_a_signal_at_the_very_end_still_stops_what_follows(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -156,6 +162,7 @@ def test_without_a_checkpoint_path_a_signal_says_that_nothing_is_kept(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
+@pytest.mark.slow
 def test_interrupted_again_and_again(tmp_path: Path, whole: Path):
     for step in (1, 2, 4):
         interrupt(tmp_path, step, name="e2e+ds")
@@ -187,7 +194,7 @@ def test_a_sweep_that_was_killed_goes_on_from_its_last_whole_checkpoint(
 ):
     process = PROCESSES.Process(target=killed, args=(tmp_path, 5))
     process.start()
-    process.join(120)
+    join(process)
     assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in sweep_checkpoints(tmp_path)] == ["4", "3"]
     steps = trained_steps(monkeypatch)
@@ -200,6 +207,7 @@ class Killed(BaseException):
     """As good as a kill where nothing has to clean up."""
 
 
+@pytest.mark.slow
 def test_killed_twice_in_the_writing_of_a_checkpoint(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
     """The checkpoint that both starts go on from stays, whatever the SAEs have written since."""
     write = RunFolder.write
@@ -245,7 +253,9 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("what", ["state", "stream", "an SAE's weights", "an SAE's folder"])
+@pytest.mark.parametrize(
+    "what", slow_except(["state", "stream", "an SAE's weights", "an SAE's folder"], "an SAE's weights")
+)
 def test_a_damaged_checkpoint_is_passed_over(what: str, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture):
     interrupt(tmp_path, 1, **EVERY_ROUND)
     newest, before = sweep_checkpoints(tmp_path)
@@ -320,6 +330,7 @@ def test_a_grid_that_grows_in_the_middle_has_those_ahead_wait(
     assert_same_sweep(tmp_path, expected, 4)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_new_ones_have_begun_keeps_what_the_others_have(
     tmp_path: Path, wider: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ):
@@ -346,7 +357,7 @@ def test_a_grid_that_shrinks_leaves_out_what_is_not_wanted(tmp_path: Path, whole
 # Not the same.
 
 
-@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("grows", slow_except([False, True], False))
 def test_other_data_are_refused(grows: bool, tmp_path: Path, wider: tuple[dict[str, Any], Path]):
     interrupt(tmp_path, 1)
     kinds = wider[0] if grows else UNEVEN
@@ -379,6 +390,7 @@ def test_another_config_or_model_is_refused_by_name(tmp_path: Path, whole: Path)
         assert (tmp_path / "sweep" / path.parent.name / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_overwriting_starts_anew(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
     interrupt(tmp_path, 1)
     steps = trained_steps(monkeypatch)
@@ -390,6 +402,7 @@ def test_overwriting_starts_anew(tmp_path: Path, whole: Path, monkeypatch: pytes
 # Failures.
 
 
+@pytest.mark.slow
 def test_one_that_has_failed_does_not_hold_the_others_up(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
     break_at(monkeypatch, "local-0.01-seed42", 1, RuntimeError("out of memory"))
     interrupt(tmp_path, 1)
@@ -407,7 +420,7 @@ def test_one_that_has_failed_does_not_hold_the_others_up(tmp_path: Path, whole: 
 # Streams.
 
 
-@pytest.mark.parametrize("kind", ["plain", "mapped"])
+@pytest.mark.parametrize("kind", slow_except(["plain", "mapped"], "plain"))
 def test_a_stream_is_not_read_again_up_to_its_place(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Though every SAE's store has looked at its first row, and `datasets` keeps one state for all."""
 
@@ -444,6 +457,7 @@ def test_parts_go_on_each_by_itself(tmp_path: Path, whole: Path):
     assert_same_sweep(tmp_path, whole, 3)
 
 
+@pytest.mark.slow
 def test_another_division_into_parts_starts_anew_and_says_so(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -457,7 +471,7 @@ def test_another_division_into_parts_starts_anew_and_says_so(
     assert_same_sweep(tmp_path, whole, 3)
 
 
-@pytest.mark.parametrize("part", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("part", [(1, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_two_processes_do_not_train_the_same_saes(
     part: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

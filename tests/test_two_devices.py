@@ -11,17 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import slow_except
 from torch.utils import backend_registration
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices made in Python",
 )
-@pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("two_device_*.py")))
+@pytest.mark.parametrize(
+    "name", slow_except(sorted(path.name for path in HERE.glob("two_device_*.py")), "two_device_blocks.py")
+)
 def test_on_two_devices(name: str):
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--tb=short"]
     result = subprocess.run(

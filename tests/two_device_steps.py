@@ -21,6 +21,7 @@ from helpers import (
 from second_device import SIDES, OnSecond, SecondDevice, other_device, places
 
 from e2e_sae_plugin import Objective
+from e2e_sae_plugin.preflight import FLOAT64_ARCHITECTURES, check_device
 
 other = other_device
 
@@ -83,7 +84,29 @@ def test_steps_are_those_of_one_device(other: str, side: str, family: str):
     ["standard", "gated", "jumprelu", "abstopk", "batchtopk", "matryoshka_batchtopk", "matching_pursuit"],
 )
 def test_every_architecture(other: str, side: str, architecture: str):
-    assert_same_steps(runner_config(architecture, store_batch_size_prompts=2), side, other, "hooked_transformer")
+    config = runner_config(architecture, store_batch_size_prompts=2)
+    if side == "sae" and other.startswith("second") and architecture in FLOAT64_ARCHITECTURES:
+        config.device = other
+        with pytest.raises(
+            ValueError, match=f"sae.architecture='{architecture}' needs float64, which device='second:0'"
+        ):
+            check_device(config)
+        return
+    assert_same_steps(config, side, other, "hooked_transformer")
+
+
+@pytest.mark.parametrize(
+    "sae", [{"normalize_activations": "covariance_whitening"}, {"dtype": "float64"}], ids=lambda sae: next(iter(sae))
+)
+def test_what_is_computed_in_float64_is_refused_on_a_device_without(other: str, sae: dict[str, Any]):
+    config = runner_config("topk", sae=sae)
+    check_device(config)
+    config.device = other
+    if other.startswith("second"):
+        with pytest.raises(ValueError, match="needs float64, which device='second:0' does not have"):
+            check_device(config)
+    else:
+        check_device(config)
 
 
 @pytest.mark.parametrize("side", SIDES)

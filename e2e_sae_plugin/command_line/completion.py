@@ -12,11 +12,11 @@ from e2e_sae_plugin.command_line.commands import COMMANDS
 from e2e_sae_plugin.command_line.train_flags import TrainParser
 
 # Metavars, and fields of a run, whose values are paths.
-FILES = frozenset({"FILE"})
+FILES = frozenset({"FILE", "DATA", "cfg.dataset_path"})
 FOLDERS = frozenset(
     {
         "DIR", "SAE", "SOURCE", "[SAE_ID=]FOLDER", "cfg.output_path", "cfg.checkpoint_path", "cfg.resume_from_checkpoint",
-        "cfg.dataset_path", "cfg.from_pretrained_path",
+        "cfg.from_pretrained_path",
     }
 )  # fmt: skip
 

@@ -13,6 +13,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 TRAINED = ("all", "decoder", "scale_and_bias", "lora")
 TRAINING_TOKENS, EVALUATION_TOKENS = 25_000_000, 131_072
 
+DATA_FLAGS = ("streaming", "split", "text_column", "shuffle_seed", "skip_examples", "max_examples")
+"""Fields of `DataSettings`, besides the dataset itself."""
+
 DEVICE = "cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
 
 FINETUNE = """\
@@ -74,17 +77,29 @@ def finetune_parser() -> CommandParser:
         help="where the fine-tuned SAE and the report go (required)",
     )
     add("--overwrite", dest="overwrite_output", action="store_true", default=None, help="replace what is there")
-    add(
-        "--dataset",
-        dest="dataset_path",
-        metavar="SOURCE",
-        help="text or tokens: a dataset of the Hub, or a folder (default: the metadata's)",
-    )
-    add("--streaming", action="store_true", default=None, help="stream the dataset instead of fetching it")
+    _add_data_flags(parser.add_argument_group("data"), "dataset_path")
     _add_training_flags(parser.add_argument_group("what is trained"))
     _add_place_flags(parser.add_argument_group("where"))
     _add_run_flags(parser.add_argument_group("the run"))
     return parser
+
+
+def _add_data_flags(group: argparse._ArgumentGroup, destination: str) -> None:
+    """Flags of `DATA_FLAGS`, and --dataset."""
+    add = group.add_argument
+    add(
+        "--dataset",
+        dest=destination,
+        metavar="DATA",
+        help="text or tokens: a dataset of the Hub, a file (.txt, .jsonl, .csv, .parquet, .arrow; .bin of uint16 tokens), a "
+        "folder of them, or one that save_to_disk wrote (default: the metadata's)",
+    )
+    add("--streaming", action="store_true", default=None, help="stream the dataset instead of fetching it")
+    add("--split", metavar="NAME", help='default: "train", or the only one there is')
+    add("--text-column", metavar="NAME", help="of texts or of token ids (default: found by name and type)")
+    add("--shuffle-seed", type=int, metavar="N", help="shuffle the rows first (default: they stay in order)")
+    add("--skip-examples", type=int, metavar="N", help="leave out so many rows at the beginning (default 0)")
+    add("--max-examples", type=int, metavar="N", help="read at most so many rows (default: all)")
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -216,12 +231,7 @@ def _measuring_parser(name: str, description: str, examples: str) -> CommandPars
         metavar="N",
         help="how many to measure on, such as 50k (default 100k)",
     )
-    add(
-        "--dataset",
-        metavar="SOURCE",
-        help="text or tokens that the SAEs were not trained on: of the Hub, or a folder (default: the metadata's)",
-    )
-    add("--streaming", action="store_true", help="stream the dataset instead of fetching it")
+    _add_data_flags(parser.add_argument_group("data"), "dataset")
     add("--context-size", type=int, metavar="N", help="default: the metadata's, or 128")
     add("--model", metavar="NAME", help="default: the metadata's")
     add("--model-class", choices=MODEL_CLASSES, help="how the model is loaded (default: the metadata's)")

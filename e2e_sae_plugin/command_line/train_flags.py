@@ -56,7 +56,8 @@ FIELD_HELP = {
     "hook_name": "A TransformerLens hook, or a module path such as model.layers.9 for AutoModelForCausalLM.",
     "model_class_name": f"One of {', '.join(MODEL_CLASSES)}.",
     "model_name": "A model of TransformerLens or Hugging Face, or e2e-sae-demo, the bundled one.",
-    "dataset_path": "A dataset of the Hugging Face Hub or a folder, of text or tokens; or e2e-sae-demo, the bundled text.",
+    "dataset_path": "Text or tokens: a dataset of the Hugging Face Hub, a file (.txt, .jsonl, .csv, .parquet, .arrow; .bin "
+    "of uint16 tokens), a folder of them, or one that save_to_disk wrote; or e2e-sae-demo, the bundled text.",
     "store_batch_size_prompts": "The most sequences in the model at once: the micro-batch, which changes memory alone.",
     "seqpos_slice": "Positions that are trained on: first and last + 1, such as 4 128.",
     "d_in": "Dimensions of the activation at hook_name; the default fits few models.",

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from e2e_sae_plugin.command_line.sae_flags import DATA_FLAGS
 from e2e_sae_plugin.comparison.compare import compare
 from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
 from e2e_sae_plugin.comparison.report import report_in, sae_tables, write_report_of
@@ -95,8 +96,9 @@ def _inputs(
     if one_place:
         common_place({each.name: each.sae for each in subjects}, model, args.hook)
     tokens = evaluation_tokens(
-        first, model, args.tokens, dataset=args.dataset, context_size=args.context_size, streaming=args.streaming
-    )
+        first, model, args.tokens, dataset=args.dataset, context_size=args.context_size,
+        **{name: getattr(args, name) for name in DATA_FLAGS},
+    )  # fmt: skip
     return subjects, model, tokens
 
 

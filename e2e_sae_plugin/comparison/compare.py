@@ -34,6 +34,7 @@ from e2e_sae_plugin.evaluation.feature_card import FeatureCard
 from e2e_sae_plugin.evaluation.importance import FeatureImportance, feature_importance
 from e2e_sae_plugin.evaluation.place import Place, splice_at
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
+from e2e_sae_plugin.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Comparison:
     warnings: tuple[str, ...] = ()
 
 
+@own_torch_state()
 def compare(
     saes: Mapping[str, SAE[Any]] | Sequence[Subject],
     model: Any,

@@ -14,6 +14,7 @@ from torch import Tensor
 from e2e_sae_plugin.checkpoint.identity import fingerprint
 from e2e_sae_plugin.evaluation.place import same_model_name
 from e2e_sae_plugin.finetune.start import load_quietly, same_weights
+from e2e_sae_plugin.hub.foreign import FORMATS, sae_folders
 from e2e_sae_plugin.hub.sae_folder import nearest_sae
 from e2e_sae_plugin.objective import kind_of_weights
 
@@ -99,10 +100,11 @@ def _label(source: str) -> tuple[str | None, str]:
 def _load(place: str, device: str) -> list[tuple[str, SAE[Any]]]:
     path = Path(place)
     if path.is_dir():
-        folders = [path] if (path / "cfg.json").is_file() else sorted(f.parent for f in path.glob("*/cfg.json"))
+        folders = sae_folders(path)
         if not folders:
             raise ValueError(
-                f"The folder {place!r} holds no SAE: neither it nor a folder in it has a cfg.json.{nearest_sae(path)}"
+                f"The folder {place!r} holds no SAE, nor does a folder in it.{nearest_sae(path)} "
+                f"Supported formats: {FORMATS}."
             )
         return [(folder.resolve().name, load_quietly(folder, device=device)) for folder in folders]
     release, sign, sae_id = place.partition(":")

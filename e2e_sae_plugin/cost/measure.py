@@ -17,7 +17,6 @@ from sae_lens.saes.sae import TrainingSAE
 
 from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_language_model
 from e2e_sae_plugin.config import E2ESAERunnerConfig
-from e2e_sae_plugin.demo.bundled import bundled_model
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.splice import SplicedModel, splice_into
@@ -96,11 +95,7 @@ def build_parts(cfg: E2ESAERunnerConfig, on_device: bool = True) -> RunParts:
         # Sizes without memory: a dictionary may be counted that this machine has no room for.
         cfg.sae.device = "cpu" if cfg.from_pretrained_path else "meta"
     device = cfg.llm_device or str(cfg.device)
-    model = bundled_model(cfg.model_name, device)
-    if model is None:
-        model = load_language_model(
-            cfg.model_class_name, cfg.model_name, device, cfg.model_from_pretrained_kwargs or {}
-        )
+    model = load_language_model(cfg.model_class_name, cfg.model_name, device, cfg.model_from_pretrained_kwargs or {})
     sae = build_sae(cfg)
     needs_downstream = cfg.objective.beta > 0
     hooks = cfg.objective.downstream_hooks if needs_downstream else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from e2e_sae_plugin.architectures import TOKEN_SEPARABLE
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.kernels import takes_less_at_once
-from e2e_sae_plugin.kernels.kl import LinearHead
+from e2e_sae_plugin.kernels.head import LinearHead
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.splice import SplicedModel
 

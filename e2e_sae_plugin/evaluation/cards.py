@@ -19,10 +19,12 @@ from e2e_sae_plugin.evaluation.place import spliced_at_its_place
 from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import clean_micro_batch
+from e2e_sae_plugin.torch_state import own_torch_state
 
 Logits = tuple[tuple[str, float], ...]
 
 
+@own_torch_state()
 @torch.no_grad()
 @shape_checked
 def feature_cards(

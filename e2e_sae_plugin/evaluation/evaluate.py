@@ -13,6 +13,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from e2e_sae_plugin.checkpoint.finished import exported
 from e2e_sae_plugin.evaluation.metrics import Reconstruct, reconstruct_with
 from e2e_sae_plugin.evaluation.place import Place, place_of, splice_at
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
@@ -22,6 +23,7 @@ from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import select_tokens
 from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, sequence_of, splice
+from e2e_sae_plugin.torch_state import own_torch_state
 
 TOKEN_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 NO_TARGET = -100  # nll_loss's "ignore": the last position predicts nothing
@@ -38,6 +40,7 @@ def evaluate(sae: SAE[Any], model: Any, tokens: Tensor, **settings: Any) -> Eval
     return evaluate_many({name: sae}, model, tokens, **settings)[name]
 
 
+@own_torch_state()
 @torch.no_grad()
 def evaluate_many(
     saes: Mapping[str, SAE[Any]],
@@ -92,11 +95,6 @@ def evaluate_many(
     measured = {name: measured_form(name, sae) for name, sae in saes.items()}
     spliced_model = splice_at(model, place, list(saes.values()), list(saes))
     check_tokens(tokens, spliced_model.vocabulary)
-    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
-    if isinstance(longest, int) and tokens.shape[1] > longest:
-        raise ValueError(
-            f"tokens has sequences of {tokens.shape[1]} tokens, but the model's context is {longest}. Cut them up."
-        )
     pieces = tokens.split(batch_size_prompts)
     hidden: dict[str, Any] = {} if progress else {"disable": True}  # or TQDM_DISABLE would not be heard
     bar = tqdm(total=2 * len(tokens), unit="seq", desc="Evaluating", **hidden)
@@ -180,16 +178,12 @@ def measured_form(name: str, sae: SAE[Any]) -> SAE[Any]:
     if isinstance(sae, TrainingSAE) and normalisation in ESTIMATED_NORMALISATIONS:
         raise ValueError(
             f"{name} is a training SAE of normalize_activations={normalisation!r} that is not folded into its weights, so "
-            "it expects activations of a scale that only its trainer knows. Fold it first, for instance with "
-            "sae.fold_activation_norm_scaling_factor(factor): a checkpoint's activation_scaler.json has the factor."
+            "it expects activations of a scale that only its trainer knows. Load its checkpoint with load_sae(folder), "
+            "which folds the scale in, or call sae.fold_activation_norm_scaling_factor(factor)."
         )
     if not isinstance(sae, BatchTopKTrainingSAE):
         return sae
-    state = {entry: value.detach().clone() for entry, value in sae.state_dict().items()}
-    sae.process_state_dict_for_saving_inference(state)
-    exported: SAE[Any] = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict()).to(sae.device)
-    exported.load_state_dict(state)
-    return exported
+    return exported(sae)
 
 
 def _clean(model: SplicedModel, tokens: Tensor, place: Place, *, hidden: bool = True) -> MicroBatch:

@@ -64,12 +64,13 @@ class CosineSummary:
     @classmethod
     def of(cls, cosines: Tensor, *, n_resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> CosineSummary:
         """Of cosines `[n]` that are there already, for instance those of several comparisons together."""
+        exact = cosines.cpu().double()
         return cls(
             cosines,
             mean_with_interval(cosines, n_resamples, confidence, seed),
-            float(cosines.double().quantile(0.5)) if len(cosines) else None,
-            float((cosines > NEAR).double().mean()) if len(cosines) else None,
-            tuple(int(count) for count in torch.histogram(cosines.double(), HISTOGRAM_EDGES).hist.tolist()),
+            float(exact.quantile(0.5)) if len(exact) else None,
+            float((exact > NEAR).double().mean()) if len(exact) else None,
+            tuple(int(count) for count in torch.histogram(exact, HISTOGRAM_EDGES).hist.tolist()),
         )
 
     @property
@@ -284,7 +285,7 @@ def _match_round(few: Tensor, many: Tensor) -> Tensor:
         rows, columns = linear_sum_assignment((few @ many.T).cpu().numpy(), maximize=True)
         return torch.from_numpy(np.stack([rows, columns], 1))
     cosines, candidates = _nearest(few, many, min(N_CANDIDATES, len(many)))
-    weights = 2 + cosines.double().cpu().numpy()  # scipy takes a weight of 0 for no edge
+    weights = 2 + cosines.cpu().double().numpy()  # scipy takes a weight of 0 for no edge
     n, k = weights.shape
     # One more column for each row, for waiting: a little worse than its last candidate, so that not all rows wait.
     waiting = weights[:, -1:] - 1e-6

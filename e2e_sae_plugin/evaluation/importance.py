@@ -22,9 +22,11 @@ from e2e_sae_plugin._typing import shape_checked
 from e2e_sae_plugin.evaluation.metrics import encode_with
 from e2e_sae_plugin.evaluation.place import spliced_at_its_place
 from e2e_sae_plugin.kernels.kl import chunk_tokens, fused_kl_sum
-from e2e_sae_plugin.splice import CleanPass, SplicedModel
+from e2e_sae_plugin.precision import accumulation_dtype
+from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import select_tokens
 from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, sequence_of, splice
+from e2e_sae_plugin.torch_state import own_torch_state
 
 _SEED_STEP = 0x9E3779B1  # generators on a CPU keep 32 bits of a seed: this puts the numbers of two runs far apart
 
@@ -69,6 +71,7 @@ class FeatureImportance:
 
 
 @shape_checked
+@own_torch_state()
 def feature_importance(
     sae: SAE[Any],
     model: Any,
@@ -181,7 +184,7 @@ class _Encoded:
         return select_tokens(hidden, None if micro.mask is None else micro.mask.to(hidden.device))
 
     def estimate(self, seeds: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the tokens of the KL's estimate, of the attribution and of firing, `[d_sae]` each in fp64.
+        """Sums over the tokens of the KL's estimate, of the attribution and of firing, `[d_sae]` each.
 
         Args:
             seeds: for each of `rows`, one per sample.
@@ -196,14 +199,15 @@ class _Encoded:
             )
             kl = fused_kl_sum(clean, hidden, self.model.unembed, self.model.vocabulary)
         (gradient,) = torch.autograd.grad(kl, leaf, retain_graph=True)
-        attribution = -(self.acts * gradient).sum(0, dtype=torch.float64)
+        wide = accumulation_dtype(self.acts.device)
+        attribution = -(self.acts * gradient).sum(0, dtype=wide)
         squares = torch.zeros_like(attribution)
         for vectors in self._fisher_vectors(hidden.detach(), seeds):
             (gradient,) = torch.autograd.grad(hidden, leaf, vectors, retain_graph=True)
             change = leaf.new_zeros(len(micro.tokens), leaf.shape[1])
             change.index_add_(0, self.sequence, gradient.mul_(self.acts))
-            squares += change.double().square_().sum(0)
-        return squares / (2 * len(seeds[0])), attribution, (self.acts != 0).sum(0, dtype=torch.float64)
+            squares += change.to(wide).square_().sum(0)
+        return squares / (2 * len(seeds[0])), attribution, (self.acts != 0).sum(0, dtype=wide)
 
     def _fisher_vectors(self, hidden: Tensor, seeds: list[list[int]]) -> Tensor:
         """`[n_samples, n_tokens, d_model]`: random, of the Fisher information's covariance for the final hidden states.
@@ -259,18 +263,18 @@ class _Encoded:
         As `sum p (q/p - 1 - log(q/p))`, whose terms are all positive: an ablation's KL is often smaller than what the
         terms of `sum p (log p - log q)` lose to rounding before they cancel.
         """
-        total = torch.zeros((), dtype=torch.float64, device=before.device)
+        wide = accumulation_dtype(before.device)
+        total = torch.zeros((), dtype=wide, device=before.device)
         size = chunk_tokens(self.model.vocabulary)
         for first, second in zip(before.split(size), after.split(size), strict=True):
             log_p = self.model.unembed(first).float().log_softmax(-1)
             x = self.model.unembed(second).float().log_softmax(-1).sub_(log_p)
             terms = torch.where(x.abs() < 0.01, x.square() * (0.5 + x / 6), x.expm1() - x)
-            total += terms.mul_(log_p.exp_()).sum(dtype=torch.float64).to(total.device)
+            total += terms.mul_(log_p.exp_()).sum(dtype=wide).to(total.device)
         return total
 
     def _copies(self, rows: list[int], n_tokens: int) -> MicroBatch:
         """The micro-batch with these of its sequences, each as often as it is named."""
         clean, tokens, mask = self.micro.clean, self.micro.tokens[rows], self.micro.mask
-        context = self.model._prepare(tokens)
-        copies = CleanPass(clean.activation[rows], clean.block_input[rows], context=context)
+        copies = clean.of_sequences(rows, self.model._prepare(tokens))
         return MicroBatch(tokens, copies, None if mask is None else mask[rows], n_tokens)

@@ -18,6 +18,7 @@ from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel, SplicedPass
 from e2e_sae_plugin.splice.activations import select_tokens
 from e2e_sae_plugin.spliced_losses import MicroBatch, clean_micro_batch, downstream_errors, sequence_of, splice
+from e2e_sae_plugin.torch_state import own_torch_state
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`sae_in [tokens, d_in]`, as the model has it, -> (`feature_acts [tokens, d_sae]`, `sae_out [tokens, d_in]`)."""
@@ -95,6 +96,7 @@ def reconstruct_with(sae: SAE[Any], activation_shape: Sequence[int] | None = Non
     return reconstruct
 
 
+@own_torch_state()
 @torch.no_grad()
 @shape_checked
 def measure(

@@ -83,9 +83,7 @@ def splice_at(model: Any, place: Place, saes: Sequence[SAE[Any]], names: Sequenc
         ValueError: the model cannot be spliced there, it has no such head, an SAE's `d_in` does not fit the hook, or the SAE
             needs a model with centred weights and this one is not.
     """
-    spliced = splice_into(model, place.hook_name, needs_downstream=False)
-    if spliced.position.default_downstream:  # none in the last block
-        spliced = splice_into(model, place.hook_name)
+    spliced = splice_into(model, place.hook_name)
     for sae, name in zip(saes, names, strict=True):
         check_width(spliced, sae, name, place.head_index)
     return spliced

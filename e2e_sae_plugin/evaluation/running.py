@@ -13,6 +13,7 @@ from torch import Tensor
 from e2e_sae_plugin.evaluation.estimate import Estimate
 from e2e_sae_plugin.evaluation.result import Evaluation, LayerMetrics
 from e2e_sae_plugin.evaluation.sums import SequenceSums, bootstrap_weights, interval
+from e2e_sae_plugin.precision import accumulation_dtype
 
 CURVE_POINTS = 40
 RESAMPLES_AT_ONCE = 100
@@ -35,7 +36,7 @@ def explained_share(error: Tensor, variance: Tensor) -> Tensor:
 
 
 class RunningMeans:
-    """Mean activation by hook, as it is and after LayerNorm, in fp64."""
+    """Mean activation by hook, as it is and after LayerNorm."""
 
     def __init__(self) -> None:
         self.n_tokens = 0
@@ -46,7 +47,7 @@ class RunningMeans:
         """`[tokens, d]` by hook."""
         for hook, value in activations.items():
             for sums, x in ((self._sums, value), (self._normalised, layer_norm(value))):
-                total = x.sum(0, dtype=torch.float64)
+                total = x.sum(0, dtype=accumulation_dtype(x.device))
                 sums[hook] = total if hook not in sums else sums[hook] + total
         self.n_tokens += len(next(iter(activations.values())))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
+from e2e_sae_plugin.precision import accumulation_dtype
 
 
 def bootstrap_weights(n_sequences: int, n_resamples: int = 1000, seed: int = 0) -> Tensor:
@@ -43,7 +44,7 @@ def interval(resampled: Tensor, confidence: float = 0.95) -> tuple[float, float]
 
 
 class SequenceSums:
-    """Sums over the measured tokens of each sequence, in fp64 on the CPU.
+    """Sums over the measured tokens of each sequence, added up where they are measured and kept in fp64 on the CPU.
 
     The variance of the activations comes from sums of squares about the first batch's mean, for precision; the
     vectors that this needs are one `[d_in]` in fp32 per sequence.
@@ -65,15 +66,17 @@ class SequenceSums:
             sequence: which of the chunk's sequences each token belongs to, `[tokens]`, from 0.
             n_sequences: sequences in the chunk.
         """
-        sums = torch.zeros(n_sequences, dtype=torch.float64, device=values.device)
-        sums.index_add_(0, sequence.to(values.device), values.double())
+        wide = accumulation_dtype(values.device)
+        sums = torch.zeros(n_sequences, dtype=wide, device=values.device)
+        sums.index_add_(0, sequence.to(values.device), values.to(wide))
         self._values.setdefault(name, array("d")).extend(sums.cpu().tolist())
 
     def add_sae(
         self, sae_in: Tensor, feature_acts: Tensor, sae_out: Tensor, sequence: Tensor, n_sequences: int
     ) -> None:
         """Add what depends on the SAE's place alone: `[tokens, d_in]`, `[tokens, d_sae]`, `[tokens, d_in]`."""
-        sae_in, sae_out = sae_in.double(), sae_out.double()
+        wide = accumulation_dtype(sae_in.device)
+        sae_in, sae_out = sae_in.to(wide), sae_out.to(wide)
         if self._origin is None:
             self._origin = sae_in.mean(0)
         centred = sae_in - self._origin

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from e2e_sae_plugin.architectures import SPARSITY_COEFFICIENT
 from e2e_sae_plugin.checkpoint.identity import tokenizer_fingerprint
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.evaluation.metrics import reconstruct_with
 from e2e_sae_plugin.evaluation.place import same_model_name
-from e2e_sae_plugin.finetune.start import SPARSITY_COEFFICIENT, training_config
+from e2e_sae_plugin.finetune.start import training_config
 
 UNNAMED = "custom"  # what TransformerLens calls a model without a name
 L1_TOLERANCE = 5.0

@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
+from e2e_sae_plugin.architectures import SPARSITY_COEFFICIENT
+from e2e_sae_plugin.command_line.sae_flags import DATA_FLAGS
 from e2e_sae_plugin.finetune.recipe import finetune_config
 from e2e_sae_plugin.finetune.runner import FinetuneRunner
-from e2e_sae_plugin.finetune.start import SPARSITY_COEFFICIENT, load_sae
+from e2e_sae_plugin.finetune.start import load_sae
 from e2e_sae_plugin.preflight import device_or_default
 
 
@@ -50,7 +52,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 # Flags that are fields of `E2ESAERunnerConfig`.
 FIELDS = (
-    "output_path", "overwrite_output", "checkpoint_path", "resume_from_checkpoint", "dataset_path", "streaming",
+    "output_path", "overwrite_output", "checkpoint_path", "resume_from_checkpoint", "dataset_path", *DATA_FLAGS,
     "model_name", "model_class_name", "hook_name", "context_size", "lr", "train_batch_size_tokens",
     "store_batch_size_prompts", "device", "seed",
 )  # fmt: skip

@@ -26,7 +26,7 @@ def balancing_factor(sae: SAE[Any]) -> float:
     less than eightfold, or the scale is not folded (normalisation at run time) or means something else (tied weights)."""
     if sae.cfg.normalize_activations in RUN_TIME_NORMALISATIONS or "W_enc" not in dict(sae.named_parameters()):
         return 1.0
-    encoder, decoder = (float(weight.detach().double().square().mean()) for weight in (sae.W_enc, sae.W_dec))
+    encoder, decoder = (float(weight.detach().float().square().mean()) for weight in (sae.W_enc, sae.W_dec))
     if not (encoder > 0 and decoder > 0):
         return 1.0
     power = math.log2(encoder / decoder) / 4  # of squares, and half of the ratio each

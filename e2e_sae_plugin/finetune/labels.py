@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from e2e_sae_plugin.finetune.movement import Movement
+from e2e_sae_plugin.precision import accumulation_dtype
 from e2e_sae_plugin.splice.activations import select_sae_in, trained_tokens
 from e2e_sae_plugin.splice.base import SplicedModel
 
@@ -168,8 +169,7 @@ class _Moments:
     def add(self, first: Tensor, second: Tensor) -> None:
         self.n += len(first)
         products = (first, second, first * first, second * second, first * second)
-        self.sums = self.sums.to(first.device)
-        self.sums += torch.stack([value.sum(0, dtype=torch.float64) for value in products])
+        self.sums += torch.stack([value.sum(0, dtype=accumulation_dtype(value.device)).cpu() for value in products])
 
     def correlation(self) -> Tensor:
         a, b, aa, bb, ab = self.sums / max(self.n, 1)

@@ -47,7 +47,7 @@ def movement(before: SAE[Any], after: SAE[Any]) -> Movement:
 
 
 def _cosines(first: Tensor, second: Tensor) -> Tensor:
-    first, second = first.detach().double().cpu(), second.detach().double().cpu()
+    first, second = first.detach().cpu().double(), second.detach().cpu().double()
     norms = first.norm(dim=1), second.norm(dim=1)
     cosines = (first * second).sum(1) / (norms[0] * norms[1]).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.where((norms[0] == 0) & (norms[1] == 0), torch.ones_like(cosines), cosines.clamp(-1, 1))

@@ -96,6 +96,7 @@ def finetune_config(
         "sae": config,
         "training_tokens": training_tokens,
         "objective": _objective(config),
+        "local_first": 0.0,
         "lr": LEARNING_RATE[trained],
         "max_grad_norm": 1.0,
         **_trained(sae, trained, train_thresholds, lora_rank),

@@ -37,6 +37,7 @@ from e2e_sae_plugin.preflight import check_device
 from e2e_sae_plugin.rank_checks import check_alone
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
 from e2e_sae_plugin.spliced_losses import clean_micro_batch
+from e2e_sae_plugin.torch_state import own_torch_state
 from e2e_sae_plugin.trainer import E2ESAETrainer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
         ValueError: the SAE does not fit the model, its tokenizer or the config, or as in `E2ESAETrainingRunner`.
     """
 
+    @own_torch_state()
     def __init__(
         self,
         cfg: E2ESAERunnerConfig,

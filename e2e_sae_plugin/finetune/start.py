@@ -13,27 +13,27 @@ import torch
 from sae_lens import SAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-from safetensors import SafetensorError
 
+from e2e_sae_plugin.architectures import SPARSITY_COEFFICIENT
+from e2e_sae_plugin.hub.foreign import read_sae
 from e2e_sae_plugin.hub.load import load_pretrained
 
 ESTIMATED_NORMALISATIONS = ("expected_average_only_in", "covariance_whitening")
-# The setting that keeps an architecture sparse while its weights move. Those that fix L0 by themselves have none.
-SPARSITY_COEFFICIENT = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
 
 def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: str = "cpu") -> SAE[Any]:
     """An SAE from wherever SAELens finds one.
 
     Args:
-        source: an SAE; a folder that SAELens or this package saved; a release of SAELens; a Hub repository, `owner/name` or
-            `owner/name@revision`.
+        source: an SAE; a folder that SAELens, this package, sparsify or dictionary_learning saved; a release of SAELens; a
+            Hub repository, `owner/name` or `owner/name@revision`.
         sae_id: which SAE of a release or repository.
         device: where to put it.
 
     Raises:
-        ValueError: a folder without an SAE or with a damaged one, a release or repository without `sae_id`, or a `sae_id`
-            beside a folder or an SAE, where it means nothing; or as in `load_pretrained`.
+        ValueError: a folder without an SAE, or with one that is corrupt or of a kind that SAELens does not have; a release
+            or repository without `sae_id`, or a `sae_id` beside a folder or an SAE, where it means nothing; or as in
+            `load_pretrained`.
         HubError: as in `load_pretrained`.
     """
     if not isinstance(source, SAE | str | Path):
@@ -43,12 +43,7 @@ def load_sae(source: str | Path | SAE[Any], sae_id: str | None = None, device: s
             raise ValueError(f"sae_id={sae_id!r} has no meaning for an SAE or a folder: leave it out.")
         if isinstance(source, SAE):
             return source
-        if not (Path(source) / "cfg.json").is_file():
-            raise ValueError(f"The folder {str(source)!r} holds no SAE: it has no cfg.json.")
-        try:
-            return SAE.load_from_disk(str(source), device=device)
-        except SafetensorError as error:
-            raise ValueError(f"The SAE in {str(source)!r} is damaged: {error}. Fetch or save it again.") from error
+        return read_sae(source, device)
     if Path(source).is_file():
         raise ValueError(f"{str(source)!r} is a file. Give the folder that it lies in.")
     if sae_id is None and "@" not in str(source):  # `owner/name@revision` can be nothing but a repository

@@ -18,6 +18,7 @@ from e2e_sae_plugin.checkpoint.finished import finished_sae
 from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME, MANIFEST_FILENAME, file_digest
 from e2e_sae_plugin.evaluation.result import Evaluation
 from e2e_sae_plugin.hub.card.entry import CardEntry
+from e2e_sae_plugin.hub.foreign import FORMATS, is_sae_folder, read_sae, sae_folders
 from e2e_sae_plugin.hub.sae_folder import (
     CHECKSUMS_FILENAME,
     EVALUATION_FILENAME,
@@ -101,23 +102,34 @@ def _named(saes: Source | Mapping[str, Source], sae_id: str | None) -> dict[str,
     if not isinstance(saes, str | Path):
         raise ValueError(f"An SAE, a folder, or a mapping from ids to these is shared; got {saes!r}.")
     folder = Path(saes)
-    if (folder / SAE_CFG_FILENAME).is_file():
-        return {sae_id or _hook_name(read_json(folder / SAE_CFG_FILENAME).get("metadata") or {}): folder}
-    several = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{SAE_CFG_FILENAME}"))}
-    if not several:
+    several = {path.name: path for path in sae_folders(folder)}
+    if not several and folder.is_dir():
         raise ValueError(
-            f"{str(saes)!r} holds no SAE: "
-            + (
-                f"neither it nor a folder in it has a {SAE_CFG_FILENAME}.{nearest_sae(folder)}"
-                if folder.is_dir()
-                else "there is no such folder."
-            )
+            f"{str(saes)!r} holds no SAE, nor does a folder in it.{nearest_sae(folder)} Supported formats: {FORMATS}."
         )
+    if not several:
+        raise ValueError(f"{str(saes)!r} holds no SAE: there is no such folder.")
+    if folder in several.values():
+        return {sae_id or _hook_name(_metadata(folder)): folder}
     if sae_id is not None:
         raise ValueError(
             f"sae_id={sae_id!r} has no meaning for {str(saes)!r}, a folder of {len(several)} SAEs: leave it out."
         )
     return dict(several)
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    if _can_be_shared(folder):
+        return read_json(folder / SAE_CFG_FILENAME)["metadata"]
+    return read_sae(folder).cfg.metadata.to_dict()
+
+
+def _can_be_shared(folder: Path) -> bool:
+    """Return whether the files have SAELens's present format, so that they can be linked as they are."""
+    if not (folder / SAE_CFG_FILENAME).is_file():
+        return False
+    cfg = read_json(folder / SAE_CFG_FILENAME)
+    return "metadata" in cfg and "dtype" in cfg
 
 
 def _hook_name(metadata: Mapping[str, Any]) -> str:
@@ -201,6 +213,9 @@ def _copy(source: Source, folder: Path) -> SAE[Any] | None:
     given: SAE[Any] | None = None
     if (source / MANIFEST_FILENAME).exists():
         given = finished_sae(source)
+        _save(given, folder)
+    elif is_sae_folder(source) and not _can_be_shared(source):
+        given = read_sae(source)
         _save(given, folder)
     else:
         folder.mkdir()

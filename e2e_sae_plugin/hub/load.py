@@ -27,6 +27,7 @@ from torch import Tensor
 
 from e2e_sae_plugin.hub.calls import HubError, hub_call
 from e2e_sae_plugin.hub.download import DamagedDownloadError, check_cached, discard, fetch_folder, list_files
+from e2e_sae_plugin.hub.foreign import with_dtype
 from e2e_sae_plugin.hub.published import (
     MODEL_SETTINGS,
     PUBLISHED_NAME,
@@ -178,6 +179,7 @@ def _reader(
             overrides["model_from_pretrained_kwargs"] = dict(MODEL_SETTINGS)
         try:
             cfg = get_sae_lens_config_from_disk(files[SAE_CFG_FILENAME].parent, device, overrides)
+            cfg = with_dtype(cfg, files[SAE_WEIGHTS_FILENAME])
             cfg, weights = read_sae_components_from_disk(cfg, files[SAE_WEIGHTS_FILENAME], device)
             sparsity = files.get(SPARSITY_FILENAME)
             return cfg, weights, None if sparsity is None else load_safetensors_weights(sparsity, device)["sparsity"]

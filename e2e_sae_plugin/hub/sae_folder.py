@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from e2e_sae_plugin.checkpoint.folder import E2E_CFG_FILENAME
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 from e2e_sae_plugin.hub.card.entry import CardEntry
+from e2e_sae_plugin.hub.foreign import DICTIONARY_WEIGHTS, WEIGHTS_FILENAMES
 from e2e_sae_plugin.output_folder import CHECKSUMS_FILENAME, EVALUATION_FILENAME, HELD_OUT_FILENAME
 
 SHARED_FILES = (
@@ -37,13 +38,15 @@ def nearest_sae(folder: Path) -> str:
 
     Of several, the newest folder's with the highest number, as checkpoints are called.
     """
-    found = [path.parent for depth in ("*/*", "*/*/*") for path in folder.glob(f"{depth}/{SAE_CFG_FILENAME}")]
-    found = [path for path in found if (path / SAE_WEIGHTS_FILENAME).is_file()]
-    if not found:
+    written: dict[Path, float] = {}
+    for depth in ("*/*", "*/*/*"):
+        for mark in (*folder.glob(f"{depth}/{SAE_CFG_FILENAME}"), *folder.glob(f"{depth}/{DICTIONARY_WEIGHTS}")):
+            if any((mark.parent / name).is_file() for name in WEIGHTS_FILENAMES):
+                written[mark.parent] = mark.stat().st_mtime
+    if not written:
         return ""
-    written = {path: (path / SAE_CFG_FILENAME).stat().st_mtime for path in found}
-    newest = max(found, key=lambda path: written[path]).parent
-    beside = [path for path in found if path.parent == newest]
+    newest = max(written, key=lambda path: written[path]).parent
+    beside = [path for path in written if path.parent == newest]
     number = {path: int(path.name) if path.name.isdecimal() else -1 for path in beside}
     return f" Did you mean {max(beside, key=lambda path: (number[path], written[path], path.name))}?"
 

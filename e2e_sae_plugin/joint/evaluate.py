@@ -17,6 +17,7 @@ from e2e_sae_plugin.joint.splice import JointMicroBatch, JointSplice
 from e2e_sae_plugin.joint.spliced_sae import FrozenSAE
 from e2e_sae_plugin.report.table import Table
 from e2e_sae_plugin.spliced_losses import sequence_of
+from e2e_sae_plugin.torch_state import own_torch_state
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class JointEvaluation:
         }
 
 
+@own_torch_state()
 @torch.no_grad()
 @shape_checked
 def measure_joint(

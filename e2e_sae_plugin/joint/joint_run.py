@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainStepOutput
 from tqdm.auto import tqdm
 
@@ -20,6 +20,7 @@ from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import fingerprint
 from e2e_sae_plugin.evaluation.place import Place, check_width, place_of
 from e2e_sae_plugin.finetune.start import load_quietly
+from e2e_sae_plugin.hub.foreign import sae_folders
 from e2e_sae_plugin.joint.config import MultiE2ESAERunnerConfig
 from e2e_sae_plugin.joint.evaluate import JointEvaluation, measure_joint
 from e2e_sae_plugin.joint.member import JointMemberRunner
@@ -95,7 +96,7 @@ class JointRun(SweepRunner):
         runners, batches = super()._build(waiting, resumed)
         self._runners = {name: runner for name, runner in runners.items() if isinstance(runner, JointMemberRunner)}
         first = next(iter(self._runners.values()))
-        self.model, self.dataset = first.model, first.activations_store.dataset
+        self.model, self.dataset = first.model, first.data
         self._splice = self._joint_splice()
         self._log = self._open_log(first, resumed)
         told = {"names": list(self._splice.places), "training": self._training()}
@@ -308,7 +309,7 @@ class JointRun(SweepRunner):
             target = Path(self.cfg.output_path) / name
             if Path(source).is_dir() and Path(source).resolve() == target.resolve():
                 continue
-            if Path(source).is_dir():
+            if (Path(source) / SAE_WEIGHTS_FILENAME).is_file():
                 shutil.copytree(source, target, dirs_exist_ok=True)
             else:
                 self.frozen_saes[name].save_model(str(target))
@@ -323,8 +324,9 @@ def load_frozen(name: str, source: str) -> SAE[Any]:
     Raises:
         ValueError: names the SAE and what is wrong with it.
     """
-    inside = sorted(path.parent.name for path in Path(source).glob(f"*/{SAE_CFG_FILENAME}"))
-    if inside and not (Path(source) / SAE_CFG_FILENAME).exists():
+    folders = sae_folders(Path(source))
+    inside = [path.name for path in folders]
+    if folders and folders != [Path(source)]:
         raise ValueError(
             f"frozen.{name}: {source!r} holds several SAEs, {', '.join(inside)}. Name the folder of one of them."
         )

@@ -15,7 +15,6 @@ from e2e_sae_plugin.build import load_model_for
 from e2e_sae_plugin.checkpoint.folder import write_whole
 from e2e_sae_plugin.checkpoint.identity import run_identity
 from e2e_sae_plugin.config_values import require_round_trip
-from e2e_sae_plugin.demo.bundled import bundled_model
 from e2e_sae_plugin.joint.config import MultiE2ESAERunnerConfig
 from e2e_sae_plugin.joint.joint_run import JointRun, load_frozen
 from e2e_sae_plugin.joint.sae_set import MANIFEST_FILENAME, SAESet, load_sae_set, write_manifest
@@ -23,6 +22,7 @@ from e2e_sae_plugin.output_folder import output_is_finished
 from e2e_sae_plugin.splice import splice_into
 from e2e_sae_plugin.splice.joint import in_execution_order
 from e2e_sae_plugin.sweep.runner import SweepRunner
+from e2e_sae_plugin.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,12 @@ class MultiE2ESAETrainingRunner:
             `output_path`.
     """
 
+    @own_torch_state()
     def __init__(self, cfg: MultiE2ESAERunnerConfig, override_model: Any = None, override_dataset: Any = None):
         require_round_trip(cfg)
         self.cfg, self._model, self._dataset = cfg, override_model, override_dataset
 
+    @own_torch_state()
     def run(self) -> SAESet:
         """Train what is not finished; the set of all SAEs, in the model's order, on the CPU.
 
@@ -95,9 +97,7 @@ class MultiE2ESAETrainingRunner:
         """The SAEs to train, as the model reaches them."""
         if self._model is None:
             first = next(iter(self.cfg.members().values())).config
-            self._model = bundled_model(first.model_name, first.llm_device or str(first.device)) or load_model_for(
-                first
-            )
+            self._model = load_model_for(first)
         hooks = self.cfg.hook_names
         splices = {name: splice_into(self._model, hook, needs_downstream=False) for name, hook in hooks.items()}
         return in_execution_order(splices)

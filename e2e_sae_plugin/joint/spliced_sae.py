@@ -77,7 +77,7 @@ class TrainedSAE:
 
     def _scaled(self, sae_in: Tensor) -> Tensor:
         trainer = self.trainer
-        return trainer.activation_scaler(sae_in.to(trainer.sae.device, torch.get_default_dtype()))
+        return trainer.activation_scaler(sae_in.to(trainer.sae.device, torch.float32))
 
 
 class _Encoder(nn.Module):

@@ -16,6 +16,7 @@ from e2e_sae_plugin.joint.splice import JointMicroBatch, JointOutput, JointSplic
 from e2e_sae_plugin.joint.spliced_sae import SplicedSAE, TrainedSAE
 from e2e_sae_plugin.kernels.sparse import fired_counts
 from e2e_sae_plugin.objective import Objective
+from e2e_sae_plugin.precision import gradient_scale
 from e2e_sae_plugin.spliced_losses import (
     downstream_error_sum,
     draw_positions,
@@ -123,6 +124,7 @@ class JointStep:
         fired = {name: torch.zeros_like(trainer.act_freq_scores) for name, trainer in self.trainers.items()}
         outputs: dict[str, list[TrainStepOutput]] = {name: [] for name in self.trainers}
         shares: list[float] = []
+        scale = 1.0
         self.terms, self.loss = {}, None
         for tokens in batch.split(cfg.micro_batch_size_prompts):
             with self._leader.model_autocast():
@@ -141,7 +143,9 @@ class JointStep:
                 joint = self.splice.run(micro, self.saes, hidden=self.objective.kl > 0)
                 shared = self._shared_terms(micro, joint, positions)
             shares.append(micro.n_tokens / n_tokens)
-            self._backward(shared, shares[-1], outputs, fired)
+            scale = gradient_scale(micro.first.clean.activation.dtype, n_tokens)
+            self._backward(shared, shares[-1], scale, outputs, fired)
+        self._divide_gradients(scale)
         whole = len(shares) == 1
         return {
             name: merge_step_outputs(each if whole else [without_large_tensors(one) for one in each], shares)
@@ -172,10 +176,11 @@ class JointStep:
         self,
         shared: dict[str, tuple[float, Tensor]],
         share: float,
+        scale: float,
         outputs: dict[str, list[TrainStepOutput]],
         fired: dict[str, Tensor],
     ) -> None:
-        """One backward of a micro-batch's part of the objective."""
+        """One backward of a micro-batch's part of the objective, whose gradients come out times `scale`."""
         device = next(iter(shared.values()))[1].device
         weighted = torch.stack([weight * term.to(device) for weight, term in shared.values()]).sum()
         total = weighted
@@ -198,7 +203,15 @@ class JointStep:
         self._add(values, share)
         part = share * total.detach()  # left where it is: to read a number waits for the device
         self.loss = part if self.loss is None else self.loss + part
-        (total * share).backward()
+        (total * (share * scale)).backward()
+
+    def _divide_gradients(self, scale: float) -> None:
+        if scale == 1:
+            return
+        for trainer in self.trainers.values():
+            for parameter in trainer.trained_parameters().values():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
 
     def _add(self, values: Mapping[str, Tensor], share: float) -> None:
         for name, value in values.items():

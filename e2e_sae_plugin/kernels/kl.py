@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
+from e2e_sae_plugin.kernels.head import LinearHead, Unembed, vocabulary_tiles
+from e2e_sae_plugin.precision import accumulation_dtype, at_least_fp32, matmul, ready_for_products
 
 # Elements of one chunk's logits, of which two fp32 tensors are held: 32 MiB each. Larger chunks are no faster on a CPU,
 # half of it is slower by a third (measured with 50,257 tokens of vocabulary, so with 128 and with 64 tokens).
 CHUNK_LOGIT_ELEMENTS = 2**23
-
-# Rows of a linear head whose logits are dealt with at once on a CPU: with a chunk's 128 tokens three tensors of 0.5 MB,
-# which stay in its cache, and products a tenth faster than with twice the rows. On other devices a tile is the
-# whole vocabulary.
-TILE_VOCABULARY = 1024
-
-Unembed = Callable[[Tensor], Tensor]
-"""`[tokens, d_model]` (the final hidden state, after the final norm) -> `[tokens, vocabulary]`."""
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """An unembedding known to be linear, whose chunks of logits are then written into the same memory each time.
-
-    Fresh tensors of this size are mapped in page by page, and TransformerLens's own unembedding copies its whole weight
-    at every call (18 % of a step of GPT-2's shape on a CPU).
-    """
-
-    weight: Float[Tensor, "vocabulary d_model"]
-    """Any strides: a transposed view costs nothing."""
-    bias: Float[Tensor, " vocabulary"] | None = None
-
-    def __call__(self, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocabulary"]:
-        return F.linear(hidden, self.weight, self.bias)
 
 
 @shape_checked
@@ -70,7 +47,8 @@ class _FusedKLSum(torch.autograd.Function):
     def forward(ctx: Any, spliced_hidden: Tensor, clean_hidden: Tensor, unembed: Unembed, vocabulary: int) -> Tensor:
         chunk = even_chunk(len(spliced_hidden), chunk_tokens(vocabulary))
         needs_grad = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.float64, device=spliced_hidden.device)
+        device = spliced_hidden.device
+        total = torch.zeros((), dtype=accumulation_dtype(device), device=device)
         gradients: list[Tensor] = []
         pairs = zip(clean_hidden.detach().split(chunk), spliced_hidden.detach().split(chunk), strict=True)
         kl_chunks = _linear_chunks if isinstance(unembed, LinearHead) else _opaque_chunks
@@ -85,7 +63,8 @@ class _FusedKLSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+        wide = gradient.to(at_least_fp32(gradient.dtype))
+        return (wide * grad_outputs[0]).to(gradient.dtype), None, None, None
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -128,15 +107,14 @@ def _linear_chunks(pairs: Pairs, head: LinearHead, needs_grad: bool) -> Iterator
     On a CPU they are held as `[vocabulary, tokens]`: its matrix products are a quarter faster with the vocabulary as rows
     (measured with MKL), and nothing else here minds.
     """
-    weight, bias, device_type = head.weight, head.bias, head.weight.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = head.factors()
     buffers: _Buffers | None = None
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False):
         for clean, spliced in pairs:
             if buffers is None or buffers.clean.shape[1] != len(clean):
-                buffers = _Buffers.like(weight, len(clean))
-            yield _chunk_of_linear(clean.to(weight), spliced.to(weight), weight, bias, buffers, needs_grad)
+                buffers = _Buffers.like(weight, len(clean), needs_slope=needs_grad and not head.is_plain)
+            factors = replace(head, weight=weight, bias=bias)
+            yield _chunk_of_linear(clean.to(weight), spliced.to(weight), factors, buffers, needs_grad)
 
 
 @dataclass(frozen=True)
@@ -146,66 +124,73 @@ class _Buffers:
     clean: Tensor
     spliced: Tensor
     tile: Tensor
+    slope: Tensor | None
+    """The derivative of the spliced logits by the products of the head, `[vocabulary, tokens]`; None where it is 1."""
 
     @classmethod
-    def like(cls, weight: Tensor, n_tokens: int) -> _Buffers:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        columns = weight.device.type == "cpu"
-        n_rows = min(len(weight), TILE_VOCABULARY) if columns else len(weight)
-        shapes = [(len(weight), n_tokens), (len(weight), n_tokens), (n_rows, n_tokens)]
-        if columns:
-            return cls(*(weight.new_empty(shape, dtype=dtype) for shape in shapes))
-        return cls(*(weight.new_empty(shape[::-1], dtype=dtype).T for shape in shapes))
+    def like(cls, weight: Tensor, n_tokens: int, needs_slope: bool) -> _Buffers:
+        tallest = max(rows.stop - rows.start for rows in vocabulary_tiles(weight))
+        clean, spliced = (_buffer(weight, len(weight), n_tokens) for _ in range(2))
+        slope = _buffer(weight, len(weight), n_tokens) if needs_slope else None
+        return cls(clean, spliced, _buffer(weight, tallest, n_tokens), slope)
+
+
+def _buffer(weight: Tensor, n_rows: int, n_tokens: int) -> Tensor:
+    dtype = at_least_fp32(weight.dtype)
+    if weight.device.type == "cpu":
+        return weight.new_empty((n_rows, n_tokens), dtype=dtype)
+    return weight.new_empty((n_tokens, n_rows), dtype=dtype).T
 
 
 def _chunk_of_linear(
-    clean: Tensor, spliced: Tensor, weight: Tensor, bias: Tensor | None, buffers: _Buffers, needs_grad: bool
+    clean: Tensor, spliced: Tensor, head: LinearHead, buffers: _Buffers, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """KL sum and gradient of one chunk. With logits a and b: `KL = sum_v y_v (a_v - b_v) - log Z_a + log Z_b`."""
-    n_rows = len(buffers.tile)
-    tiles = [slice(first, min(first + n_rows, len(weight))) for first in range(0, len(weight), n_rows)]
-    parts = [_tile(clean, spliced, weight, bias, buffers, rows) for rows in tiles]
+    weight, wide = head.weight, accumulation_dtype(head.weight.device)
+    tiles = vocabulary_tiles(weight)
+    parts = [_tile(clean, spliced, head, buffers, rows) for rows in tiles]
     top_a, top_b, sum_a, sum_b, weighted = (torch.stack(values) for values in zip(*parts, strict=True))
     max_a, max_b = top_a.amax(0), top_b.amax(0)
     # Each tile's sums are relative to its own maximum. `[tiles, tokens]`, so fp64 costs nothing.
-    scale_a, scale_b = (top_a - max_a).double().exp_(), (top_b - max_b).double().exp_()
+    scale_a, scale_b = (top_a - max_a).to(wide).exp_(), (top_b - max_b).to(wide).exp_()
     z_a, z_b = (sum_a * scale_a).sum(0), (sum_b * scale_b).sum(0)
     mean_difference = (weighted * scale_a).sum(0) / z_a
-    total = (mean_difference - (max_a.double() - max_b) - z_a.log() + z_b.log()).sum()
+    total = (mean_difference - (max_a.to(wide) - max_b) - z_a.log() + z_b.log()).sum()
     if not needs_grad:
         return total, None
     share_a, share_b = (scale_a / z_a).to(sum_a.dtype), (scale_b / z_b).to(sum_a.dtype)
-    gradient = torch.zeros_like(spliced)
+    gradient = torch.zeros_like(spliced, dtype=sum_a.dtype)
     for rows, from_a, from_b in zip(tiles, share_a, share_b, strict=True):
         d_logits = buffers.spliced[rows].mul_(from_b).sub_(buffers.clean[rows].mul_(from_a))  # y_hat - y
-        gradient.addmm_(d_logits.to(weight.dtype).T, weight[rows])
+        if buffers.slope is not None:
+            d_logits.mul_(buffers.slope[rows])
+        if weight.dtype == gradient.dtype:
+            gradient.addmm_(d_logits.T, weight[rows])
+        else:
+            gradient += matmul(d_logits.T, weight[rows])
     return total, gradient
 
 
-def _tile(
-    clean: Tensor, spliced: Tensor, weight: Tensor, bias: Tensor | None, buffers: _Buffers, rows: slice
-) -> tuple[Tensor, ...]:
+def _tile(clean: Tensor, spliced: Tensor, head: LinearHead, buffers: _Buffers, rows: slice) -> tuple[Tensor, ...]:
     """Maxima of both sides' logits a and b, sums of their exponentials, and `sum exp(a) (a - b)`, each `[tokens]`.
 
     Leaves the exponentials in the buffers.
     """
     a, b = buffers.clean[rows], buffers.spliced[rows]
-    _unembed_into(a, clean, weight[rows], None if bias is None else bias[rows])
-    _unembed_into(b, spliced, weight[rows], None if bias is None else bias[rows])
+    weight = ready_for_products(head.weight[rows])
+    for out, hidden in ((a, clean), (b, spliced)):
+        matmul(weight, hidden.T, out=out)
+        if head.bias is not None:
+            out += head.bias[rows, None]
+        if not head.is_plain:
+            out.copy_(head.shape(out))
+    if buffers.slope is not None:
+        buffers.slope[rows] = head.slope(b)
     top_a, top_b = a.amax(0), b.amax(0)
     difference = torch.sub(a, b, out=buffers.tile[: len(a)])
     sum_a = a.sub_(top_a).exp_().sum(0)
     weighted = difference.mul_(a).sum(0)
     return top_a, top_b, sum_a, b.sub_(top_b).exp_().sum(0), weighted
-
-
-def _unembed_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if out.dtype == weight.dtype:
-        torch.mm(weight, hidden.T, out=out)
-    else:
-        out.copy_(weight @ hidden.T)
-    if bias is not None:
-        out += bias[:, None]
 
 
 def _kl_and_gradient(clean: Tensor, spliced: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,5 +207,6 @@ def _kl_and_gradient(clean: Tensor, spliced: Tensor) -> tuple[Tensor, Tensor]:
     weighted = clean.sub_(spliced).mul_(y).sum(1, keepdim=True)
     z_spliced = spliced.exp_().sum(1, keepdim=True)
     # Tokens in fp32, then their total in fp64: converting every logit would double the traffic.
-    total = (weighted / z_clean - z_clean.log() + z_spliced.log()).sum(dtype=torch.float64)
+    wide = accumulation_dtype(clean.device)
+    total = (weighted / z_clean - z_clean.log() + z_spliced.log()).sum(dtype=wide)
     return total, spliced.div_(z_spliced).sub_(y.div_(z_clean))

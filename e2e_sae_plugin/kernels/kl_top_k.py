@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
-from e2e_sae_plugin.kernels.kl import LinearHead, chunk_tokens, even_chunk
+from e2e_sae_plugin.kernels.head import LinearHead, vocabulary_tiles
+from e2e_sae_plugin.kernels.kl import chunk_tokens, even_chunk
+from e2e_sae_plugin.precision import accumulation_dtype, at_least_fp32, matmul
 
 # Elements of the head's rows that are gathered at once, `[tokens, k, d_model]`: 8 MiB in fp32.
 GATHERED_ELEMENTS = 2**21
@@ -47,23 +50,24 @@ def top_k_kl_sum(
 class _TopKKLSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spliced_hidden: Tensor, clean_hidden: Tensor, head: LinearHead, k: int) -> Tensor:
-        weight, bias, device_type = head.weight, head.bias, head.weight.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        weight, bias = head.factors()
         # Rows are gathered, which a transposed weight would read one element per cache line at a time.
-        weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+        head = replace(head, weight=weight.contiguous(), bias=bias)
         gradient = torch.zeros_like(spliced_hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float64, device=spliced_hidden.device)
+        device = spliced_hidden.device
+        total = torch.zeros((), dtype=accumulation_dtype(device), device=device)
         chunk = max(1, even_chunk(len(spliced_hidden), chunk_tokens(len(weight))))
-        logits = weight.new_empty(min(chunk, len(spliced_hidden)), len(weight))  # the same memory for each chunk
         part = max(1, GATHERED_ELEMENTS // (k * weight.shape[1]))
-        with torch.autocast(device_type, enabled=False):
+        # The same memory for each chunk.
+        logits = weight.new_empty(min(chunk, len(spliced_hidden)), len(weight), dtype=at_least_fp32(weight.dtype))
+        with torch.autocast(weight.device.type, enabled=False):
             for first in range(0, len(spliced_hidden), chunk):
                 tokens = slice(first, first + chunk)
-                top, indices = _top_logits(clean_hidden[tokens].to(weight), weight, bias, k, logits)
+                top, indices = _top_logits(clean_hidden[tokens].to(weight), head, k, logits)
                 spliced = spliced_hidden[tokens].to(weight)
                 for start in range(0, len(spliced), part):
                     rows = slice(start, start + part)
-                    value, d_hidden = _kl_at(top[rows], indices[rows], spliced[rows], weight, bias)
+                    value, d_hidden = _kl_at(top[rows], indices[rows], spliced[rows], head)
                     total += value.to(total.device)
                     if gradient is not None:
                         gradient[tokens][rows] = d_hidden.to(gradient)
@@ -74,29 +78,31 @@ class _TopKKLSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+        wide = gradient.to(at_least_fp32(gradient.dtype))
+        return (wide * grad_outputs[0]).to(gradient.dtype), None, None, None
 
 
-def _top_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, out: Tensor) -> tuple[Tensor, Tensor]:
+def _top_logits(hidden: Tensor, head: LinearHead, k: int, out: Tensor) -> tuple[Tensor, Tensor]:
     """The `k` largest logits of each token, in at least fp32, and which they are, both `[tokens, k]`."""
-    logits = torch.mm(hidden, weight.T, out=out[: len(hidden)])
-    if bias is not None:
-        logits += bias
-    values, indices = logits.topk(k, dim=1, sorted=False)
-    return values.to(torch.promote_types(weight.dtype, torch.float32)), indices
+    products = out[: len(hidden)]
+    for rows in vocabulary_tiles(head.weight):
+        products[:, rows] = matmul(hidden, head.weight[rows].T)
+    if head.bias is not None:
+        products += head.bias
+    values, indices = products.topk(k, dim=1, sorted=False)  # scale and soft cap keep their order
+    return head.shape(values), indices
 
 
-def _kl_at(
-    clean_logits: Tensor, indices: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _kl_at(clean_logits: Tensor, indices: Tensor, hidden: Tensor, head: LinearHead) -> tuple[Tensor, Tensor]:
     """KL sum over the tokens `indices [tokens, k]` of the vocabulary, and its gradient `(p_hat - p) W_U` for `hidden`."""
-    rows = weight[indices]
-    logits = torch.bmm(rows, hidden[:, :, None])[:, :, 0].to(clean_logits.dtype)
-    if bias is not None:
-        logits += bias[indices]
+    rows = head.weight[indices].to(clean_logits.dtype)
+    products = torch.bmm(rows, hidden.to(rows.dtype)[:, :, None])[:, :, 0]
+    if head.bias is not None:
+        products += head.bias[indices]
+    logits = head.shape(products)
     log_p, log_p_hat = clean_logits.log_softmax(1), logits.log_softmax(1)
     p = log_p.exp()
     # Tokens in fp32, then their total in fp64, as for the exact KL.
-    value = (p * (log_p - log_p_hat)).sum(1).sum(dtype=torch.float64)
-    d_logits = (log_p_hat.exp() - p).to(weight.dtype)
-    return value, torch.bmm(d_logits[:, None], rows)[:, 0]
+    value = (p * (log_p - log_p_hat)).sum(1).sum(dtype=accumulation_dtype(p.device))
+    d_products = (log_p_hat.exp() - p) * head.slope(logits)
+    return value, torch.bmm(d_products[:, None], rows)[:, 0]

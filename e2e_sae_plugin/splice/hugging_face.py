@@ -11,8 +11,9 @@ import torch
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
 
-from e2e_sae_plugin.kernels.kl import LinearHead
-from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.splice.base import BlockInput, HookFunction, SplicedModel
+from e2e_sae_plugin.splice.given_model import uncompiled
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.positions import HookPosition, hugging_face_position, no_such_hook
 from e2e_sae_plugin.splice.recompute import Recompute
@@ -49,13 +50,18 @@ class SplicedHuggingFace(SplicedModel):
     model: HookedProxyLM  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
-        self, model: HookedProxyLM, hook_name: str, downstream_hooks: Sequence[str] | None, needs_downstream: bool
+        self,
+        model: HookedProxyLM,
+        hook_name: str,
+        downstream_hooks: Sequence[str] | None,
+        needs_downstream: bool | None,
     ):
-        self._layers_path = find_layers(model.model, hook_name)
-        layers = model.model.get_submodule(self._layers_path)
+        self._language_model: nn.Module = uncompiled(model.model)
+        self._layers_path = find_layers(self._language_model, hook_name)
+        layers = self._language_model.get_submodule(self._layers_path)
         assert isinstance(layers, nn.ModuleList)
-        self._swap = LayerSwap(model.model, layers)
-        self._names = [name for name, _ in model.model.named_modules() if name]
+        self._swap = LayerSwap(self._language_model, layers)
+        self._names = [name for name, _ in self._language_model.named_modules() if name]
         super().__init__(model, hook_name, downstream_hooks, needs_downstream)
 
     def hook_names(self) -> Sequence[str]:
@@ -68,30 +74,30 @@ class SplicedHuggingFace(SplicedModel):
     def _hooked(self, functions: Mapping[str, HookFunction]) -> Iterator[None]:
         with ExitStack() as stack:
             for name, function in functions.items():
-                module = self.model.model.get_submodule(name)
+                module = self._language_model.get_submodule(name)
                 stack.callback(module.register_forward_hook(_on_output(function)).remove)
             yield
 
     def _capture_block_input(self) -> Any:
-        return self._swap.capture_input(self.position.start_block, wanted=not self.position.enters_block)
+        return self._swap.capture_input(self.position.start_block, copies=self.copies_activations)
 
     def _prepare(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def _run(self, context: Tensor, start: Tensor | None, recompute: Recompute | None) -> Tensor:
-        return self._swap.run(context, start, self.position.start_block, recompute)
+    def _run(self, context: Tensor, start: BlockInput | None, recompute: Recompute | None) -> Tensor:
+        return self._swap.run(context, start, self.position, recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)
 
-    def linear_head(self) -> LinearHead | None:
-        return self._swap.linear_head()
+    def linear_heads(self) -> Sequence[LinearHead]:
+        return self._swap.linear_heads()
 
     def use_native_kernels(self, wanted: bool) -> bool:
         return self._swap.activations.use(wanted)
 
     def full_logits(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, return_type="logits")
+        return self._language_model(input_ids=tokens, use_cache=False).logits
 
     @property
     def token_device(self) -> torch.device:
@@ -100,9 +106,9 @@ class SplicedHuggingFace(SplicedModel):
 
 def _on_output(function: HookFunction) -> Callable[[nn.Module, Any, Any], Any]:
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
-        if not isinstance(output, tuple):
+        if not isinstance(output, tuple | list):
             return function(output)
         value = function(output[0])
-        return None if value is None else (value, *output[1:])
+        return None if value is None else type(output)((value, *output[1:]))
 
     return on_output

@@ -17,6 +17,8 @@ class HookPosition:
     """The first block that the spliced pass runs; `n_layers` when only the final norm and the unembedding follow."""
     enters_block: bool
     """Whether the hooked activation is the residual stream entering `start_block` (else it lies inside that block)."""
+    leaves_block: bool
+    """Whether it is what the block before `start_block` returns; some models change it before the next one gets it."""
     n_layers: int
     default_downstream: tuple[str, ...]
     """Residual stream entering each later block, `k = l + 1 ... L - 1`; empty for an SAE in or before the last block."""
@@ -112,6 +114,7 @@ def transformer_lens_position(hook_name: str, n_layers: int, known: Sequence[str
         hook_name=hook_name,
         start_block=start,
         enters_block=after or inside in ("hook_resid_pre", "hook_in"),
+        leaves_block=after,
         n_layers=n_layers,
         default_downstream=tuple(f"blocks.{k}.{residual}" for k in range(start + 1, n_layers)),
     )
@@ -140,6 +143,7 @@ def hugging_face_position(hook_name: str, layers_path: str, n_layers: int, known
         hook_name=hook_name,
         start_block=start,
         enters_block=is_layer,
+        leaves_block=is_layer,
         n_layers=n_layers,
         # The output of layer k - 1 is the residual stream entering block k.
         default_downstream=tuple(f"{layers_path}.{k - 1}" for k in range(start + 1, n_layers)),

@@ -14,8 +14,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-from e2e_sae_plugin.kernels.kl import LinearHead
-from e2e_sae_plugin.splice.base import HookFunction, SplicedModel
+from e2e_sae_plugin.kernels.head import LinearHead
+from e2e_sae_plugin.splice.base import BlockInput, HookFunction, SplicedModel
+from e2e_sae_plugin.splice.check import SpliceError
 from e2e_sae_plugin.splice.layer_swap import LayerSwap
 from e2e_sae_plugin.splice.native_blocks import NativeBlocks
 from e2e_sae_plugin.splice.positions import HookPosition, transformer_lens_position
@@ -78,13 +79,17 @@ class SplicedHookedTransformer(SplicedModel):
         return hook_points(self.model.hook_dict, functions)
 
     @contextmanager
-    def _capture_block_input(self) -> Iterator[list[Tensor]]:
-        entering: list[Tensor] = []
+    def _capture_block_input(self) -> Iterator[list[BlockInput]]:
+        entering: list[BlockInput] = []
         if self.position.enters_block:
             yield entering
             return
+
+        def capture(residual: Tensor) -> None:
+            entering.append(BlockInput(residual.clone() if self.copies_activations else residual))
+
         name = f"blocks.{self.position.start_block}.hook_resid_pre"
-        with hook_points(self.model.hook_dict, {name: entering.append}):
+        with hook_points(self.model.hook_dict, {name: capture}):
             yield entering
 
     def _prepare(self, tokens: Tensor) -> _Embedded:
@@ -92,14 +97,14 @@ class SplicedHookedTransformer(SplicedModel):
         residual, _, shortformer_pos_embed, attention_mask = self.model.input_to_embed(tokens, prepend_bos=False)
         return _Embedded(tokens, residual, shortformer_pos_embed, attention_mask)
 
-    def _run(self, context: _Embedded, start: Tensor | None, recompute: Recompute | None) -> Tensor:
+    def _run(self, context: _Embedded, start: BlockInput | None, recompute: Recompute | None) -> Tensor:
+        residual, block = (context.residual, 0) if start is None else (start.hidden, self.position.start_block)
         if self._native.wanted and context.attention_mask is None and context.shortformer_pos_embed is None:
-            residual, block = (context.residual, 0) if start is None else (start, self.position.start_block)
             return self._native.run(residual, block, recompute)
         with recomputed(self.model.blocks, self.position.start_block, recompute):
             residual = self.model(
-                context.residual if start is None else start,
-                start_at_layer=0 if start is None else self.position.start_block,
+                residual,
+                start_at_layer=block,
                 stop_at_layer=self.model.cfg.n_layers,
                 shortformer_pos_embed=context.shortformer_pos_embed,
                 attention_mask=context.attention_mask,
@@ -109,9 +114,12 @@ class SplicedHookedTransformer(SplicedModel):
     def logits(self, hidden: Tensor) -> Tensor:
         return apply_softcap(self.model.unembed(hidden[None])[0], self.model.cfg.output_logits_soft_cap)
 
-    def linear_head(self) -> LinearHead | None:
-        bias = self.model.unembed.b_U
-        return LinearHead(self.model.unembed.W_U.T, bias if bias.any() else None)
+    def linear_heads(self) -> Sequence[LinearHead]:
+        bias, soft_cap = self.model.unembed.b_U, self.model.cfg.output_logits_soft_cap
+        has_cap = soft_cap is not None and soft_cap > 0
+        return [
+            LinearHead(self.model.unembed.W_U.T, bias if bias.any() else None, soft_cap=soft_cap if has_cap else None)
+        ]
 
     def full_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, return_type="logits", prepend_bos=False)
@@ -132,8 +140,17 @@ class SplicedBridge(SplicedModel):
         for parameter in self.model.original_model.parameters():
             parameter.requires_grad_(False)
         self._points: dict[str, HookPoint] = self.model.hook_dict  # resolves aliases anew at every access: keep it
-        blocks = self.model.blocks
-        assert isinstance(blocks, nn.ModuleList)
+        blocks = getattr(self.model, "blocks", None)
+        if not isinstance(blocks, nn.ModuleList):
+            raise SpliceError(
+                f"This TransformerBridge of a {type(self.model.original_model).__name__} has no single list of blocks. SAEs "
+                "are trained in models with one decoder."
+            )
+        if not hasattr(self.model.original_model, "get_output_embeddings"):
+            raise SpliceError(
+                "This TransformerBridge is of boot_native(), whose model cannot be started at a block. Use "
+                "TransformerBridge.boot_transformers() with a Hugging Face model, or a HookedTransformer."
+            )
         self._swap = LayerSwap(self.model.original_model, blocks)
 
     def hook_names(self) -> Sequence[str]:
@@ -146,22 +163,22 @@ class SplicedBridge(SplicedModel):
         return hook_points(self._points, functions)
 
     def _capture_block_input(self) -> Any:
-        return self._swap.capture_input(self.position.start_block, wanted=not self.position.enters_block)
+        return self._swap.capture_input(self.position.start_block, copies=self.copies_activations)
 
     def _prepare(self, tokens: Tensor) -> Tensor:
         if hasattr(self.model, "pos_embed"):
             self.model.pos_embed._current_batch_size = tokens.shape[0]  # as the bridge's own forward does
         return tokens
 
-    def _run(self, context: Tensor, start: Tensor | None, recompute: Recompute | None) -> Tensor:
+    def _run(self, context: Tensor, start: BlockInput | None, recompute: Recompute | None) -> Tensor:
         self._prepare(context)
-        return self._swap.run(context, start, self.position.start_block, recompute)
+        return self._swap.run(context, start, self.position, recompute)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._swap.logits(hidden)
 
-    def linear_head(self) -> LinearHead | None:
-        return self._swap.linear_head()
+    def linear_heads(self) -> Sequence[LinearHead]:
+        return self._swap.linear_heads()
 
     def use_native_kernels(self, wanted: bool) -> bool:
         return self._swap.activations.use(wanted)

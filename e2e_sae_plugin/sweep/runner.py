@@ -27,6 +27,7 @@ from e2e_sae_plugin.sweep.config import SideBySide, SweepMember
 from e2e_sae_plugin.sweep.member import FAILURE_FILENAME, MemberRunner
 from e2e_sae_plugin.sweep.stream import SharedBatches
 from e2e_sae_plugin.sweep.summary import write_summary
+from e2e_sae_plugin.torch_state import own_torch_state
 from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class SweepRunner:
     called = "sweep"
     """What messages call it."""
 
+    @own_torch_state()
     def __init__(
         self,
         cfg: SideBySide,
@@ -83,6 +85,7 @@ class SweepRunner:
         path = cfg.checkpoint_path
         self.checkpoints = None if path is None else SweepCheckpoints(Path(path), "" if n == 1 else f"-{index}-of-{n}")
 
+    @own_torch_state()
     def run(self) -> dict[str, SAE[Any] | None]:
         """Train what is not finished; returns the SAEs by name, on the CPU, None for one that failed.
 
@@ -217,7 +220,7 @@ class SweepRunner:
                     self._model, position = first.model, first.tokens.store.position()
                 else:
                     runners[name] = self.member_class(
-                        member, first.model, first.activations_store.dataset, first.evaluation_tokens, checkpoint
+                        member, first.model, first.data, first.evaluation_tokens, checkpoint
                     )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
