@@ -31,6 +31,7 @@ from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.distributed import Ranks
 from e2e_sae_plugin.initialisation import estimate_activation_scaling, initialise_b_dec
 from e2e_sae_plugin.interruption import StopRequest
+from e2e_sae_plugin.kernels.saved_threshold import as_saved, settle_threshold
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.progress import Progress
 from e2e_sae_plugin.ranked_step import with_all_tokens
@@ -156,12 +157,14 @@ class E2ESAETrainer(SplicedStepTrainer):
         """What comes after the last step: the last evaluation, the best weights, the SAE in its finished form."""
         self.first_steps.check(self.trained_parameters())
         self._log(self.full_sparsity_window_log())
-        held_out = self.evaluate()
-        if self.early_stop.patience is not None:
-            if not self.early_stop.reached:
-                self.early_stop.see(held_out["metrics/held_out_kl"], self.sae)
-            if self.early_stop.restore_best(self.sae):
-                logger.info("The run ends with the weights of its lowest held-out KL, %.6g.", self.early_stop.lowest)
+        is_measured = self.early_stop.patience is not None and not self.early_stop.reached
+        if is_measured:
+            self.early_stop.see(self.evaluate()["metrics/held_out_kl"], self.sae)
+        if self.early_stop.patience is not None and self.early_stop.restore_best(self.sae):
+            logger.info("The run ends with the weights of its lowest held-out KL, %.6g.", self.early_stop.lowest)
+            is_measured = False
+        with as_saved(self.sae) as is_another_form:
+            if is_another_form or not is_measured:
                 self.evaluate()
         self._keep_unfolded()
         fold_activation_scaling(self.sae, self.activation_scaler)
@@ -178,6 +181,9 @@ class E2ESAETrainer(SplicedStepTrainer):
         output = self.step(batch)
         self.n_training_steps += 1  # at once: what follows may fail, but the step is done
         self._batch_is_pending = False
+        is_compared = evaluates and self.early_stop.patience is not None
+        if self.is_done or is_compared or self.checkpointer.milestone_is_due(self):
+            self.settle_threshold(output.sae_in)
         self._sparsity_scale.see(output, self.n_training_steps - 1)
         if logs:
             self._log(self._step_metrics(output), self.n_training_steps - 1)
@@ -186,6 +192,21 @@ class E2ESAETrainer(SplicedStepTrainer):
             if held_out and self.objective.needs_spliced_pass:  # the KL of a local part is not what is watched
                 self.early_stop.see(held_out["metrics/held_out_kl"], self.sae)
         return output
+
+    def settle_threshold(self, sae_in: Tensor) -> None:
+        """Set the threshold that BatchTopK and Matryoshka SAEs are saved with, before the SAE as it is now may be kept.
+
+        Args:
+            sae_in: of the last step, `[own tokens, d_in]`.
+        """
+        if self.shard is not None:
+            shards = self._sharded_tokens(len(sae_in))
+            everyones = shards.everyones(sae_in)
+            settle_threshold(self.sae, everyones, len(everyones), shards.ranks)
+            return
+        ranks = self._step_ranks
+        n_tokens = len(sae_in) if ranks is None else int(ranks.exchange([len(sae_in)]).sum())
+        settle_threshold(self.sae, sae_in, n_tokens, ranks)
 
     def stop_if_asked(self) -> None:
         """Between two steps, or two batches of an estimate.

@@ -51,6 +51,10 @@ class Checkpointer:
         """Whether `every_minutes` have passed since the last checkpoint."""
         return self.every_minutes is not None and time.monotonic() - self._last_time >= 60 * self.every_minutes
 
+    def milestone_is_due(self, trainer: E2ESAETrainer) -> bool:
+        """Return True where `after_step` would write one of the `n_checkpoints`."""
+        return any(trainer.n_training_samples > n for n in trainer.checkpoint_thresholds)
+
     def after_step(self, trainer: E2ESAETrainer) -> None:
         """Write what is due now."""
         due = [n for n in trainer.checkpoint_thresholds if trainer.n_training_samples > n]  # the host's comparison

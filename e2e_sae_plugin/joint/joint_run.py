@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from e2e_sae_plugin.joint.sae_set import activation_shape, write_manifest
 from e2e_sae_plugin.joint.splice import JointPlace, JointSplice
 from e2e_sae_plugin.joint.spliced_sae import FrozenSAE
 from e2e_sae_plugin.joint.step import JointStep
+from e2e_sae_plugin.kernels.saved_threshold import as_saved
 from e2e_sae_plugin.metrics_log import MetricsLog
 from e2e_sae_plugin.splice import splice_into
 from e2e_sae_plugin.sweep.config import SweepMember
@@ -202,6 +204,9 @@ class JointRun(SweepRunner):
                 runner.reader.place = place
             raise
         self._count_and_log(trainers, outputs, logs)
+        if self._is_done(training):
+            for name, trainer in trainers.items():
+                trainer.settle_threshold(outputs[name].sae_in)
         if evaluates:
             self._evaluate(leader.n_training_steps - 1)
         if self._is_done(training):
@@ -273,7 +278,10 @@ class JointRun(SweepRunner):
     def _finish(self, batches: SharedBatches, training: dict[str, MemberRunner]) -> None:
         """Measure all in the pass, then save each."""
         leader = next(runner.trainer for runner in training.values() if runner.trainer is not None)
-        evaluation = self._evaluate(leader.n_training_steps)
+        with contextlib.ExitStack() as saved_forms:
+            for runner in self._runners.values():
+                saved_forms.enter_context(as_saved(runner.sae))
+            evaluation = self._evaluate(leader.n_training_steps)
         # Saving takes a while for several SAEs: stopped meanwhile, the run goes on from here.
         self.round_number += 1
         self._save(batches, training)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, Step
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor
 
 from e2e_sae_plugin.kernels import relu_sae, topk_sae
@@ -93,7 +94,7 @@ def _silence(sae: JumpReLUTrainingSAE, hidden_pre: Tensor, dead_mask: Tensor | N
 def reconstruct(sae: Any, sae_in: Tensor, shards: ShardedTokens) -> tuple[Tensor, Tensor]:
     """What the whole SAE's `encode` and `decode` make of tokens that all ranks have: `feature_acts [tokens, d_sae / ranks]`
     of the shard's features, and `sae_out [tokens, d_in]` of all features."""
-    if type(sae) in topk_sae.ACTIVATIONS:
+    if type(getattr(sae, "activation_fn", None)) in topk_sae.ACTIVATIONS.get(type(sae), ()):
         norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
         active, acts = topk_sae.active_features(
             sae, sae.process_sae_in(sae_in), Encoder(sae.W_enc, sae.b_enc, norms), shards
@@ -101,6 +102,6 @@ def reconstruct(sae: Any, sae_in: Tensor, shards: ShardedTokens) -> tuple[Tensor
         feature_acts, part = active.to_sparse(acts), decode(active, sae.W_dec)
     else:
         feature_acts = sae.encode(sae_in)
-        part = feature_acts @ sae.W_dec
+        part = act_times_W_dec(feature_acts, sae.W_dec, getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
     (sae_out,) = shards.own_sums(part)
     return feature_acts, sae_out + sae.b_dec
