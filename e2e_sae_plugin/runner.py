@@ -53,6 +53,7 @@ from e2e_sae_plugin.run_end import RunEnd, how_to_resume
 from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.shard import Shard
 from e2e_sae_plugin.splice import SplicedModel, splice_into
+from e2e_sae_plugin.splice.given_model import uncompiled
 from e2e_sae_plugin.summary import announce, summarise
 from e2e_sae_plugin.token_stream import TokenStream, check_evaluation_tokens
 from e2e_sae_plugin.torch_state import own_torch_state
@@ -137,6 +138,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         by_name = tuple(name for name, named in is_named.items() if named)
         if override_model is None:
             override_model = load_model_for(cfg) if cfg.model_name == BUNDLED else None
+        override_model = uncompiled(override_model)
         self.identity = run_identity(override_model, override_sae)
         self.is_finished = cfg.resume_from_checkpoint == AUTO and output_is_finished(cfg, self.identity)
         self.has_run = False

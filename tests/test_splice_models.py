@@ -31,7 +31,6 @@ from helpers import (
 )
 from sae_lens import HookedSAETransformer
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin import E2ESAETrainingRunner, evaluate, splice_into
 from e2e_sae_plugin.kernels.head import LinearHead
@@ -282,16 +281,6 @@ def test_a_compiled_model_is_run_uncompiled(caplog: pytest.LogCaptureFixture):
     inner = tiny_gpt2_model()
     spliced = splice_into(proxy(torch.compile(inner, backend="eager")), "transformer.h.0")  # pyright: ignore[reportArgumentType]
     spliced.check()
-
-
-def test_a_bridge_of_transformer_lenss_own_code_is_refused_with_what_to_use():
-    config = {
-        "n_layers": 2, "d_model": D_MODEL, "n_heads": 2, "d_head": D_HEAD, "n_ctx": N_CTX, "d_vocab": VOCABULARY,
-        "d_mlp": 32, "act_fn": "gelu", "architecture": "TransformerLensNative",
-    }  # fmt: skip
-    model = TransformerBridge.boot_native(config)
-    with pytest.raises(ValueError, match=r"boot_native\(\).*Use TransformerBridge.boot_transformers\(\)"):
-        splice_into(model, HOOK)
 
 
 # The interface.

@@ -139,7 +139,8 @@ class SplicedBridge(SplicedModel):
         self.model.original_model.eval()
         for parameter in self.model.original_model.parameters():
             parameter.requires_grad_(False)
-        self._points: dict[str, HookPoint] = self.model.hook_dict  # resolves aliases anew at every access: keep it
+        # Resolves aliases at every access: keep it. SAELens's own bridge has a hook_dict without them.
+        self._points: dict[str, HookPoint] = TransformerBridge.hook_dict.__get__(self.model)
         blocks = getattr(self.model, "blocks", None)
         if not isinstance(blocks, nn.ModuleList):
             raise SpliceError(
