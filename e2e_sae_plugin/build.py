@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import temporary_seed
@@ -20,6 +21,7 @@ from transformer_lens.loading_from_pretrained import make_model_alias_map
 from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.data.rows import RECORD
 from e2e_sae_plugin.model_settings import check_model_settings, loading_settings, unknown_model
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
@@ -66,6 +68,17 @@ def build_sae(cfg: E2ESAERunnerConfig, device: str | None = None) -> TrainingSAE
             f"{sae.cfg.architecture()!r} SAE of the config (d_in={sae.cfg.d_in}, d_sae={sae.cfg.d_sae}): {error}"
         ) from error
     return sae
+
+
+def earlier_rows(cfg: E2ESAERunnerConfig, override_sae: TrainingSAE[Any] | None) -> list[dict[str, Any]]:
+    """What the record of the SAE that a run starts from says of the rows that it was trained on."""
+    if override_sae is not None:
+        return list(override_sae.cfg.metadata[RECORD] or ())
+    if cfg.from_pretrained_path is None:
+        return []
+    path = Path(cfg.from_pretrained_path) / SAE_CFG_FILENAME
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return list((config.get("metadata") or {}).get(RECORD) or ())
 
 
 def load_model_for(cfg: E2ESAERunnerConfig) -> Any:
