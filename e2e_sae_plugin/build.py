@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.data.rows import RECORD
-from e2e_sae_plugin.model_settings import check_model_settings, loading_settings, unknown_model
+from e2e_sae_plugin.model_settings import check_model_folder, check_model_settings, loading_settings, unknown_model
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
 
@@ -99,6 +99,7 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
         ValueError: settings that cannot work, see `check_model_settings`; a name that TransformerLens does not know.
     """
     check_model_settings(model_class_name, settings)
+    check_model_folder(model_name)
     if model_class_name == "HookedTransformer" and model_name.lower() not in make_model_alias_map():
         raise ValueError(unknown_model(model_name))  # TransformerLens's own lists every model there is
     settings = loading_settings(model_class_name, settings, device)

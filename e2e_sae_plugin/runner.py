@@ -39,7 +39,7 @@ from e2e_sae_plugin.checkpoint.state import STATE_FILENAME
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.data import DataSettings, LoadedData, loaded_data
 from e2e_sae_plugin.data.load import check_tokenized_for
-from e2e_sae_plugin.data.rows import RECORD, ROW_ORDER, TrainedRows
+from e2e_sae_plugin.data.rows import RECORD, TrainedRows
 from e2e_sae_plugin.data.tokenizer import check_tokenizer
 from e2e_sae_plugin.demo.bundled import bundled_model
 from e2e_sae_plugin.distributed import LostRankError, join
@@ -174,21 +174,9 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             check_identity(self.resumed_from, self.identity)
         self.spliced_model = self._splice(needs_downstream=cfg.objective.beta > 0)
         check_model_and_sae(self.spliced_model, self.sae, cfg)
-        tokenizer = getattr(self.model, "tokenizer", None)
-        if not store.is_dataset_tokenized and tokenizer is not None:
-            check_tokenizer(tokenizer, self.spliced_model.vocabulary, prepend_bos=cfg.prepend_bos)
         self.evaluation_model = self._evaluation_model()
-        try:
-            self.tokens = TokenStream(
-                store,
-                n_prompts=cfg.step_size_prompts,
-                n_held_out=0 if override_evaluation_tokens is not None else self._n_held_out_prompts(),
-                vocabulary=self.spliced_model.vocabulary,
-            )
-        except ValueError as error:
-            if not cfg.skip_examples:
-                raise
-            raise ValueError(f"{error} skip_examples={cfg.skip_examples} leaves out the rows before.") from error
+        is_first = not isinstance(override_dataset, LoadedData)  # of several SAEs that share the data
+        self.tokens = self._token_stream(store, override_evaluation_tokens is None, checks_tokenizer=is_first)
         held_out = self.tokens.held_out
         if override_evaluation_tokens is not None:
             held_out = override_evaluation_tokens
@@ -333,6 +321,22 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             check_tokenized_for(self.data.settings.dataset_path, getattr(self.model, "tokenizer", None))
         return store
 
+    def _token_stream(self, store: SeekableActivationsStore, holds_out: bool, *, checks_tokenizer: bool) -> TokenStream:
+        tokenizer, cfg = getattr(self.model, "tokenizer", None), self.cfg
+        if checks_tokenizer and tokenizer is not None and not store.is_dataset_tokenized:
+            check_tokenizer(tokenizer, self.spliced_model.vocabulary, prepend_bos=cfg.prepend_bos)
+        try:
+            return TokenStream(
+                store,
+                n_prompts=cfg.step_size_prompts,
+                n_held_out=self._n_held_out_prompts() if holds_out else 0,
+                vocabulary=self.spliced_model.vocabulary,
+            )
+        except ValueError as error:
+            if not cfg.skip_examples:
+                raise
+            raise ValueError(f"{error} skip_examples={cfg.skip_examples} leaves out the rows before.") from error
+
     def _build_trainer(self) -> E2ESAETrainer:
         output = self.cfg.output_path
         return E2ESAETrainer(
@@ -422,22 +426,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _record_rows(self, metadata: Any, n_training_tokens: int) -> None:
         """Say in an SAE's metadata which rows it was trained on, after those of earlier runs."""
-        settings, n_rows = self.data.settings, getattr(self.data.dataset, "__len__", lambda: None)()
-        rows = self._stream.rows()
-        skipped = 0 if settings is None else settings.skip_examples
-        named = {} if settings is None else {name: getattr(settings, name) for name in ROW_ORDER}
-        record = TrainedRows(
-            dataset_path=None if settings is None else settings.dataset_path,
-            first_row=skipped + rows["first_row"],
-            last_row=skipped + rows["last_row"],
-            epochs=rows["epochs"],
-            training_tokens=n_training_tokens,
-            held_out_sequences=rows["held_out_sequences"],
-            read_from=skipped,
-            n_rows=None if n_rows is None else skipped + n_rows,
-            context_size=self.cfg.context_size,
-            **named,
-        )
+        record = TrainedRows.of_run(self.data, self._stream.rows(), n_training_tokens, self.cfg.context_size)
         metadata[RECORD] = [*self._earlier_rows, record.to_dict()]
 
     def _clear_leftovers(self) -> None:

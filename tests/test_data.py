@@ -422,3 +422,14 @@ def test_commands_say_what_they_cannot_read(capsys: pytest.CaptureFixture[str], 
         assert "a.txt', line 4, is not UTF-8" in capsys.readouterr().err
         assert main([*command, "--dataset", "./nope", "--device", "cpu"]) == 2
         assert "There is no file or folder './nope'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_class", ["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"])
+def test_commands_say_that_there_is_no_such_model(model_class: str, capsys: pytest.CaptureFixture[str]):
+    StandardSAE(StandardSAEConfig(d_in=128, d_sae=64)).save_model("sae")
+    Path("empty").mkdir()
+    flags = ["--model-class", model_class, "--hook", "x", "--device", "cpu"]
+    messages = {"./nope": "There is no folder './nope'", "empty": "'empty' (model_name, --model) holds no model"}
+    for name, message in messages.items():
+        assert main(["evaluate", "sae", "--model", name, *flags]) == 2
+        assert message in capsys.readouterr().err

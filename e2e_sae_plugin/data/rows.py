@@ -10,6 +10,7 @@ from typing import Any
 
 from sae_lens import SAE
 
+from e2e_sae_plugin.data.load import LoadedData
 from e2e_sae_plugin.data.settings import DataSettings
 from e2e_sae_plugin.model_settings import BUNDLED
 
@@ -42,6 +43,33 @@ class TrainedRows:
     text_column: str | None = None
     shuffle_seed: int | None = None
     streaming: bool = False
+
+    @classmethod
+    def of_run(cls, data: LoadedData, rows: Mapping[str, int], training_tokens: int, context_size: int) -> TrainedRows:
+        """The rows of a run.
+
+        Args:
+            data: What it read.
+            rows: What its `TokenStream` says, counted from the first row that it could read.
+            training_tokens: Tokens that it trained on.
+            context_size: Tokens in a sequence.
+        """
+        settings = data.settings
+        n_rows = len(data.dataset) if hasattr(data.dataset, "__len__") else None
+        read_from = 0 if settings is None else settings.skip_examples
+        names = () if settings is None else ("dataset_path", *ROW_ORDER)
+        named = {"dataset_path": None, **{name: getattr(settings, name) for name in names}}
+        return cls(
+            first_row=read_from + rows["first_row"],
+            last_row=read_from + rows["last_row"],
+            epochs=rows["epochs"],
+            training_tokens=training_tokens,
+            held_out_sequences=rows["held_out_sequences"],
+            read_from=read_from,
+            n_rows=None if n_rows is None else read_from + n_rows,
+            context_size=context_size,
+            **named,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""

@@ -142,21 +142,24 @@ def evaluate_many(
     common |= {"n_resamples": n_resamples, "confidence": confidence, "seed": seed}
     found = {name: sums[name].result(name, sae, **common) for name, sae in saes.items()}
     source = source or MeasuredTokens(n_sequences=len(tokens), context_size=tokens.shape[1])
-    measured_on = source.of(tokens, place)
-    text = source.dataset if text is None else text
-    model_name = model_name_of(model)
+    return _recorded(found, saes, model, source.of(tokens, place), text)
+
+
+def _recorded(
+    found: Mapping[str, Evaluation], saes: Mapping[str, SAE[Any]], model: Any, tokens: MeasuredTokens, text: str | None
+) -> dict[str, Evaluation]:
+    """The results with what they are of: weights, model, tokens, text."""
+    text = tokens.dataset if text is None else text
     results: dict[str, Evaluation] = {}
     for name, each in found.items():
-        sae = saes[name]
-        another_model = check_recorded_model(sae, model)
-        warnings = each.warnings if another_model is None else (*each.warnings, f"{name}: {another_model}")
+        another_model = check_recorded_model(saes[name], model)
         results[name] = replace(
             each,
-            weights_sha256=weights_sha256(sae),
+            weights_sha256=weights_sha256(saes[name]),
             text=text,
-            model=model_name,
-            measured_on=measured_on,
-            warnings=warnings,
+            model=model_name_of(model),
+            measured_on=tokens,
+            warnings=each.warnings if another_model is None else (*each.warnings, f"{name}: {another_model}"),
         )
     return results
 
