@@ -86,7 +86,7 @@ class Bench:
         sae = SAE.load_from_disk(str(base))
         cfg = finetune_config(
             sae, sae_settings=SAE_SETTINGS.get(sae.cfg.architecture()), training_tokens=tokens,
-            output_path=str(self.output / f"{base.name}-{name}"), **SHARED, **settings,
+            output_path=str(self.output / f"{base.name}-{name}"), exclude_special_tokens=True, **SHARED, **settings,
         )  # fmt: skip
         given: dict[str, Any] = {"override_model": self.model, "override_dataset": self.dataset}
         runner = FinetuneRunner(cfg, sae, source=str(base), override_evaluation_tokens=self.held_out, **given)

@@ -24,8 +24,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from e2e_sae_plugin.architectures import RUN_TIME_NORMALISATIONS
 from e2e_sae_plugin.checkpoint.finished import fold_activation_scaling, read_scaler
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.data.rows import RECORD
 from e2e_sae_plugin.demo.bundled import BUNDLED, bundled_model
-from e2e_sae_plugin.model_settings import check_model_settings, loading_settings, unknown_model
+from e2e_sae_plugin.model_settings import check_model_folder, check_model_settings, loading_settings, unknown_model
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.given_model import check_context
 from e2e_sae_plugin.spliced_losses import check_kl_top_k
@@ -98,6 +99,17 @@ def _check_same_kind(cfg: E2ESAERunnerConfig, folder: Path) -> None:
         )
 
 
+def earlier_rows(cfg: E2ESAERunnerConfig, override_sae: TrainingSAE[Any] | None) -> list[dict[str, Any]]:
+    """What the record of the SAE that a run starts from says of the rows that it was trained on."""
+    if override_sae is not None:
+        return list(override_sae.cfg.metadata[RECORD] or ())
+    if cfg.from_pretrained_path is None:
+        return []
+    path = Path(cfg.from_pretrained_path) / SAE_CFG_FILENAME
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return list((config.get("metadata") or {}).get(RECORD) or ())
+
+
 def load_model_for(cfg: E2ESAERunnerConfig) -> Any:
     """The language model of a config; see `load_language_model`."""
     return load_language_model(
@@ -118,6 +130,7 @@ def load_language_model(model_class_name: str, model_name: str, device: str, set
     check_model_settings(model_class_name, settings)
     if model_name == BUNDLED:
         return bundled_model(model_class_name, settings, device)
+    check_model_folder(model_name)
     if model_class_name == "HookedTransformer" and model_name.lower() not in make_model_alias_map():
         raise ValueError(unknown_model(model_name))  # TransformerLens's own lists every model there is
     model = _load(model_class_name, model_name, device, loading_settings(model_class_name, settings, device))

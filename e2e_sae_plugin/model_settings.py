@@ -114,6 +114,25 @@ def loading_settings(model_class_name: str, settings: Mapping[str, Any], device:
     return settings
 
 
+def check_model_folder(model_name: str) -> None:
+    """Reject a path of a model that is not there, before it is taken for a name of the Hub.
+
+    Raises:
+        ValueError: If there is no such folder, or no model in it.
+    """
+    path = Path(model_name)
+    if model_name.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(
+            f"There is no folder {model_name!r} (model_name, --model). Give a folder with a model's config.json and "
+            "weights, or the name of a model of the Hub."
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"The folder {model_name!r} (model_name, --model) holds no model: it has no config.json. Give the folder that "
+            "save_pretrained wrote, or the name of a model of the Hub."
+        )
+
+
 def unknown_model(model_name: str) -> str:
     """What is wrong with a `model_name` that TransformerLens does not know, and what may have been meant."""
     if Path(model_name).is_dir():

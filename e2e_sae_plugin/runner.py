@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import signal
 import warnings
@@ -21,17 +22,27 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from e2e_sae_plugin._version import __version__
-from e2e_sae_plugin.build import build_sae, check_model_and_sae, load_model_for, quiet_override_warning, reading_dataset
+from e2e_sae_plugin.build import (
+    build_sae,
+    check_model_and_sae,
+    earlier_rows,
+    load_model_for,
+    quiet_override_warning,
+    reading_dataset,
+)
 from e2e_sae_plugin.cache_folders import explained_cache_errors
 from e2e_sae_plugin.checkpoint.checkpointer import WRITE_ERRORS
 from e2e_sae_plugin.checkpoint.folder import recover, whole_files
 from e2e_sae_plugin.checkpoint.identity import run_identity, tokenizer_fingerprint
 from e2e_sae_plugin.checkpoint.lock import locked
-from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, run_folder_of
+from e2e_sae_plugin.checkpoint.resume import AUTO, check_identity, find_checkpoint, read_saved_config, run_folder_of
+from e2e_sae_plugin.checkpoint.state import STATE_FILENAME
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.config_values import require_round_trip
 from e2e_sae_plugin.data import DataSettings, LoadedData, loaded_data
 from e2e_sae_plugin.data.load import check_tokenized_for
+from e2e_sae_plugin.data.rows import RECORD, TrainedRows
+from e2e_sae_plugin.data.tokenizer import check_tokenizer
 from e2e_sae_plugin.demo.bundled import BUNDLED
 from e2e_sae_plugin.distributed import LostRankError, join
 from e2e_sae_plugin.evaluation import measure
@@ -170,17 +181,14 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             )
             store = self._seekable_store()
         self.identity = run_identity(self.model, override_sae)
+        self._earlier_rows = earlier_rows(cfg, override_sae)
         if self.resumed_from is not None:
             check_identity(self.resumed_from, self.identity)
         self.spliced_model = self._splice(needs_downstream=cfg.objective.beta > 0)
         check_model_and_sae(self.spliced_model, self.sae, cfg)
         self.evaluation_model = self._evaluation_model()
-        self.tokens = TokenStream(
-            store,
-            n_prompts=cfg.step_size_prompts,
-            n_held_out=0 if override_evaluation_tokens is not None else self._n_held_out_prompts(),
-            vocabulary=self.spliced_model.vocabulary,
-        )
+        is_first = not isinstance(override_dataset, LoadedData)  # of several SAEs that share the data
+        self.tokens = self._token_stream(store, override_evaluation_tokens is None, checks_tokenizer=is_first)
         held_out = self.tokens.held_out
         if override_evaluation_tokens is not None:
             held_out = override_evaluation_tokens
@@ -239,6 +247,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             self._say(announce(self.cfg))
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
+            self._record_rows(self.sae.cfg.metadata, trainer.n_training_samples)
             if trainer.shard is not None:
                 sae = trainer.shard.join_sae(trainer.sae) or sae
             if self.cfg.output_path is not None and (self.leads or trainer.shard is not None):
@@ -325,6 +334,22 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
             check_tokenized_for(self.data.settings.dataset_path, getattr(self.model, "tokenizer", None))
         return store
 
+    def _token_stream(self, store: SeekableActivationsStore, holds_out: bool, *, checks_tokenizer: bool) -> TokenStream:
+        tokenizer, cfg = getattr(self.model, "tokenizer", None), self.cfg
+        if checks_tokenizer and tokenizer is not None and not store.is_dataset_tokenized:
+            check_tokenizer(tokenizer, self.spliced_model.vocabulary, prepend_bos=cfg.prepend_bos)
+        try:
+            return TokenStream(
+                store,
+                n_prompts=cfg.step_size_prompts,
+                n_held_out=self._n_held_out_prompts() if holds_out else 0,
+                vocabulary=self.spliced_model.vocabulary,
+            )
+        except ValueError as error:
+            if not cfg.skip_examples:
+                raise
+            raise ValueError(f"{error} skip_examples={cfg.skip_examples} leaves out the rows before.") from error
+
     def _build_trainer(self) -> E2ESAETrainer:
         output = self.cfg.output_path
         return E2ESAETrainer(
@@ -408,6 +433,16 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.sae.cfg.metadata.tokenizer_sha256 = tokenizer_fingerprint(getattr(self.model, "tokenizer", None))
         self.sae.cfg.metadata.e2e_sae_plugin_version = __version__
 
+    @property
+    def _stream(self) -> TokenStream:
+        """Where the batches come from."""
+        return self.tokens
+
+    def _record_rows(self, metadata: Any, n_training_tokens: int) -> None:
+        """Say in an SAE's metadata which rows it was trained on, after those of earlier runs."""
+        record = TrainedRows.of_run(self.data, self._stream.rows(), n_training_tokens, self.cfg.context_size)
+        metadata[RECORD] = [*self._earlier_rows, record.to_dict()]
+
     def _clear_leftovers(self) -> None:
         """What killed starts of the run have left half done."""
         if self.run_folder is not None:
@@ -451,8 +486,13 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Called by the trainer once all else of a checkpoint is in `checkpoint_path`; None for nowhere."""
-        if checkpoint_path is not None:
-            write_configs(self.cfg, checkpoint_path)
+        if checkpoint_path is None:
+            return
+        write_configs(self.cfg, checkpoint_path)
+        config = read_saved_config(checkpoint_path / SAE_CFG_FILENAME)
+        state = read_saved_config(checkpoint_path / STATE_FILENAME)
+        self._record_rows(config["metadata"], state["n_training_samples"])
+        (checkpoint_path / SAE_CFG_FILENAME).write_text(json.dumps(config))
 
     def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
         """Train; if that is interrupted or fails, write a checkpoint first and say how to go on.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
@@ -16,7 +18,13 @@ from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
+from e2e_sae_plugin.data.tokenizer import added_tokens
+
 logger = logging.getLogger(__name__)
+
+ENDLESS = 1000
+SHORT_TEXT, SHORT_TOKENS = 200, 8
+"""Rows of fewer characters, or token ids, such as lines of a file, are equal by chance."""
 
 
 def _no_tokens() -> Tensor:
@@ -48,6 +56,13 @@ class SeekableActivationsStore(ActivationsStore):
     _pieces: tuple[Tensor, ...] = ()
     _rest: Tensor | None = None
     _has_empty_rows = False
+    _is_holding_out = False
+    _held_out: set[int] | None = None
+    """Digests of rows that are held out."""
+    _n_held_out_rows = 0
+    _has_repeats = False
+    _n_repeats = 0
+    """In a row."""
     source: str = "the dataset"
     """What messages call the data."""
 
@@ -98,8 +113,9 @@ class SeekableActivationsStore(ActivationsStore):
             else:
                 if self._n_rows == start.n_rows + 1 or not self.is_dataset_tokenized:
                     self._check_type(value)
-                # The host makes a tensor of it, and torch warns where it is one.
-                yield value.numpy() if isinstance(value, Tensor) else value
+                if not self._is_held_out(value):
+                    # The host makes a tensor of it, and torch warns where it is one.
+                    yield value.numpy() if isinstance(value, Tensor) else value
             self.n_dataset_processed += 1
 
     def _next_row(self, rows: Iterator[Any]) -> Any:
@@ -111,6 +127,52 @@ class SeekableActivationsStore(ActivationsStore):
             raise ValueError(
                 f"{self.source} cannot be read after row {self._n_rows - 1}: {reason}. Expected text in UTF-8, or token ids."
             ) from error
+
+    @property
+    def n_rows_read(self) -> int:
+        """Rows that were read since the dataset's beginning."""
+        return self._n_rows
+
+    @contextmanager
+    def holding_out(self) -> Iterator[None]:
+        """Hold out what is read meanwhile: later, rows that are equal to one of these are left out, as a dataset may repeat
+        itself or hold a text twice. Short rows, which are equal by chance, stay.
+        """
+        self._held_out, self._is_holding_out = set(), True
+        yield
+        self._is_holding_out, self._n_held_out_rows = False, self._n_rows
+
+    def _is_held_out(self, value: Any) -> bool:
+        """Return whether this row was held out at another place of the dataset."""
+        if self._held_out is None or (len(value) < self._short(value)):
+            return False
+        digest = _digest(value)
+        if self._is_holding_out:
+            self._held_out.add(digest)
+            return False
+        if digest not in self._held_out or self._n_rows <= self._n_held_out_rows:
+            self._n_repeats = 0
+            return False
+        self._n_repeats += 1
+        if self._n_repeats > 2 * self._n_held_out_rows + ENDLESS:
+            raise ValueError(
+                f"{self.source} repeats rows that are held out for evaluation, and has no others. Use more data, or a "
+                "smaller n_eval_batches."
+            )
+        if not self._has_repeats:
+            logger.warning(
+                "Row %d of %s is one that is held out for evaluation. Such rows are left out of training: the dataset "
+                "repeats itself, or holds a text twice.",
+                self._n_rows - 1, self.source,
+            )  # fmt: skip
+        self._has_repeats = True
+        return True
+
+    def _short(self, value: Any) -> int:
+        """Rows of a smaller size are equal by chance: none in a stream that repeats itself."""
+        if isinstance(self.dataset, IterableDataset) and _has_layer(self.dataset, "Repeat"):
+            return 1
+        return SHORT_TEXT if isinstance(value, str) else SHORT_TOKENS
 
     def _warn_of_empty_row(self) -> None:
         if not self._has_empty_rows:
@@ -141,10 +203,19 @@ class SeekableActivationsStore(ActivationsStore):
 
     def _iterate_raw_dataset_tokens(self) -> Generator[Tensor, None, None]:
         rest = self._start.rest.to(self.device)
-        for tokens in itertools.chain([rest] if len(rest) else [], super()._iterate_raw_dataset_tokens()):
+        if len(rest):
+            self._pieces = (*self._pieces, rest)
+            yield rest
+        before, after = (0, 0) if self.use_chat_formatting else self._added_tokens()
+        for tokens in super()._iterate_raw_dataset_tokens():
+            tokens = tokens[before : len(tokens) - after]
             if len(tokens):
                 self._pieces = (*self._pieces, tokens)
             yield tokens
+
+    def _added_tokens(self) -> tuple[int, int]:
+        has_tokenizer = getattr(self.model, "tokenizer", None) is not None
+        return added_tokens(self.model) if has_tokenizer else (0, 0)
 
     def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:
         self._pieces, self._rest = (), None
@@ -161,12 +232,25 @@ class SeekableActivationsStore(ActivationsStore):
             yield sequence
 
 
+def _digest(value: Any) -> int:
+    if isinstance(value, Tensor):
+        value = value.numpy()
+    if isinstance(value, np.ndarray):
+        return hash(value.tobytes())
+    return hash(value if isinstance(value, str) else repr(value))
+
+
 def has_shuffle_buffer(dataset: IterableDataset) -> bool:
     """Whether `datasets`' own state of a stream leaves out rows that were read but not yet given out."""
+    return _has_layer(dataset, "BufferShuffled")
+
+
+def _has_layer(dataset: IterableDataset, name: str) -> bool:
+    """Return whether one of the layers of which `datasets` makes a stream has a class of this name."""
     layers = [getattr(dataset, "_ex_iterable", None)]
     while layers:
         layer = layers.pop()
-        if "BufferShuffled" in type(layer).__name__:
+        if name in type(layer).__name__:
             return True
         layers += [inner for inner in (getattr(layer, "ex_iterable", None),) if inner is not None]
         layers += getattr(layer, "ex_iterables", [])

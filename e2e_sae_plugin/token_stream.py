@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from e2e_sae_plugin.data.tokenizer import warn_of_unknown_tokens
 from e2e_sae_plugin.seekable_store import RowPosition, SeekableActivationsStore
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,14 @@ class TokenStream:
         self._before_last: _Place | None = None
         self._since: _Since | None = None
         self._again: Tensor | None = None
+        self._has_looked = False
         self.held_out: Tensor | None = None
+        self.n_held_out_rows = self._first_row = self._last_row = 0
         if n_held_out:
-            self.held_out = self._stack([self._draw(what="the held-out sequences") for _ in range(n_held_out)])
+            with self.store.holding_out():
+                self.held_out = self._stack([self._draw(what="the held-out sequences") for _ in range(n_held_out)])
+            self.n_held_out_rows = self.store.n_rows_read
+            self._first_row = self.n_held_out_rows - bool(len(self.store.position().rest))
 
     def __iter__(self) -> TokenStream:
         return self
@@ -80,6 +86,7 @@ class TokenStream:
             except _EpochEnded:
                 self._start_epoch()
         batch = self._stack(sequences)
+        self._last_row = max(self._last_row, self.store.n_rows_read - 1)
         self._before_last = before
         if self._since is None or self.store.position().n_rows > before.rows.n_rows or self.epoch > before.epoch:
             self._since = _Since(before)
@@ -88,6 +95,15 @@ class TokenStream:
 
     def _place(self) -> _Place:
         return _Place(self.epoch, self._drawn_this_epoch, self.store.position())
+
+    def rows(self) -> dict[str, int]:
+        """First and last row that was trained on, how many epochs have begun, and how many sequences are held out."""
+        return {
+            "first_row": self._first_row,
+            "last_row": self._last_row,
+            "epochs": self.epoch + 1,
+            "held_out_sequences": self._n_held_out,
+        }
 
     def describe_last_batch(self) -> str:
         """Where in the data the batch that was drawn last lies, for messages."""
@@ -115,6 +131,7 @@ class TokenStream:
             "rows_state": since.place.rows.rows_state,
             "n_prompts": self.n_prompts,
             "held_out_sha256": None if self.held_out is None else _Since.digest(self.held_out),
+            "last_row": self._last_row,
             "n_batches": since.n_batches,
             "batches_sha256": since.sha256.hexdigest(),
             "last_is_trained": last_is_trained,
@@ -135,6 +152,7 @@ class TokenStream:
                 "eval_batch_size_prompts (or store_batch_size_prompts where that is None) and evaluation tokens; give a "
                 "shuffle() its seed."
             )
+        self._last_row = state.get("last_row", 0)
         rows = RowPosition(state["n_rows"], tensors["rest"], state["rows_state"])
         place = _Place(state["epoch"], state["n_sequences"], rows)
         # Should `datasets` not find back to its own state, reading everything again does.
@@ -188,6 +206,7 @@ class TokenStream:
         return sequence
 
     def _start_epoch(self) -> None:
+        self._last_row = max(self._last_row, self.store.n_rows_read - 1)
         self.epoch += 1
         self._drawn_this_epoch = 0
         logger.warning("The dataset is exhausted; epoch %d begins.", self.epoch + 1)
@@ -196,6 +215,9 @@ class TokenStream:
 
     def _stack(self, sequences: list[Tensor]) -> Tensor:
         tokens = torch.stack(sequences)
+        if not self._has_looked and (tokenizer := getattr(self.store.model, "tokenizer", None)) is not None:
+            warn_of_unknown_tokens(tokens, tokenizer)
+        self._has_looked = True
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocabulary:
             raise ValueError(

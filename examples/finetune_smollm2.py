@@ -74,6 +74,7 @@ def finetune(
         train_batch_size_tokens=STEP_TOKENS,
         store_batch_size_prompts=STEP_PROMPTS,
         lr=lr,
+        exclude_special_tokens=True,
         logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=10, eval_every_n_wandb_logs=3),
         checkpoint_path=f"{output}-checkpoints",
         output_path=str(output),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from e2e_sae_plugin import evaluate, list_pretrained, load_pretrained
-from e2e_sae_plugin.comparison.inputs import evaluation_tokens, load_model_of, text_name
+from e2e_sae_plugin.comparison.inputs import TextSettings, evaluation_tokens, load_model_of
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
         sae = load_pretrained(repository, sae_id or None)
     # The paper's SAEs are of GPT-2 with centred writing weights; their metadata say so, and the model is loaded that way.
     model = load_model_of(sae)
-    tokens = evaluation_tokens(sae, model, args.tokens, dataset=args.text)
+    tokens, source = evaluation_tokens({"sae": sae}, model, args.tokens, TextSettings(args.text))
     name = args.sae or f"{sae.cfg.metadata.hook_name}, {args.kind}"
-    found = evaluate(sae, model, tokens, name=name, text=text_name(args.text), progress=True)
+    found = evaluate(sae, model, tokens, name=name, source=source, progress=True)
     print(found)
     for row in rows:
         print(

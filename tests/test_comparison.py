@@ -66,6 +66,7 @@ def made_up_sae(
         "sparsity": sparsity,
         "seed": seed,
         "hook_name": hook_name,
+        "exclude_special_tokens": False,
         "model_name": model_name,
     }
     for name, value in {**entries, **metadata}.items():

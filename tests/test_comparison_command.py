@@ -16,7 +16,7 @@ from test_comparison import made_up_sae, put
 
 from e2e_sae_plugin.cli import main
 from e2e_sae_plugin.comparison import inputs
-from e2e_sae_plugin.comparison.inputs import dataset_of, evaluation_tokens, load_model_of, text_name
+from e2e_sae_plugin.comparison.inputs import TextSettings, dataset_of, evaluation_tokens, load_model_of, text_name
 from e2e_sae_plugin.comparison.report import report_in
 from e2e_sae_plugin.demo import bundled, demo_tokens, load_demo_model
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
@@ -61,7 +61,10 @@ def test_evaluate_prints_a_table_and_writes_json(folder: Path, capsys: pytest.Ca
     assert (found.name, found.n_sequences, found.n_tokens) == ("e2e-0", 7, 7 * 128)
     assert found.to_dict() == Evaluation.from_dict(found.to_dict()).to_dict()
     assert f"{found.value('ce_loss_increase'):+.4f}" in shown
-    assert "e2e-0: standard, 128 x 64 on blocks.3.hook_resid_pre; 896 tokens in 7 sequences of e2e-sae-demo\n" in shown
+    assert (
+        "e2e-0: standard, 128 x 64 on blocks.3.hook_resid_pre of e2e-sae-demo; 896 tokens in 7 sequences of e2e-sae-demo\n"
+        "  tokens                               e2e-sae-demo (evaluation)\n"
+    ) in shown
     assert found.text == "e2e-sae-demo"
     assert found.weights_sha256 == weights_sha256(SAE.load_from_disk("saes/e2e-0"))
 
@@ -77,7 +80,7 @@ def test_compare_writes_a_report_and_goes_on_from_it(
     assert "The report is out/report.html; beside it report.md, tables/, figures/ and importance/." in shown
     text = Path("out/report.md").read_text()
     assert text.startswith("# Both kinds\n\n4 SAEs on blocks.3.hook_resid_pre of e2e-sae-demo")
-    assert "896 tokens in 7 sequences of e2e-sae-demo; clean CE loss" in text
+    assert "896 tokens in 7 sequences of e2e-sae-demo (evaluation); clean CE loss" in text
     assert sorted(path.name for path in Path("out/evaluations").iterdir()) == [
         "e2e-0.json", "e2e-1.json", "local-0.json", "local-1.json",
     ]  # fmt: skip
@@ -123,7 +126,7 @@ def test_warnings_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]):
     put(sae, b_enc=-1e9)
     sae.save_model("dead")
     assert compare("dead", "--output", "out") == 0
-    assert "Warning: No feature of dead fires on these tokens: the dictionary is dead." in capsys.readouterr().out
+    assert "Warning: No feature of dead fires on these 896 tokens." in capsys.readouterr().out
     assert evaluate("dead") == 0
 
 
@@ -234,7 +237,9 @@ def test_what_text_is_called(folder: Path):
 
 def test_short_text_is_used_whole_and_says_so(folder: Path, texts: str, demo_model: Any, caplog: Any):
     sae = made_up_sae("e2e", **DEMO)
-    tokens = evaluation_tokens(sae, demo_model, 100_000, dataset=texts, context_size=64)
+    text = TextSettings(texts, context_size=64)
+    tokens, source = evaluation_tokens({"sae": sae}, demo_model, 100_000, text)
+    assert (source.dataset, source.prepend_bos) == ("corpus", True)
     assert tokens.shape[1] == 64
     assert 5 < len(tokens) < 100_000 // 64
     assert (tokens[:, 0] == demo_model.tokenizer.bos_token_id).all()
@@ -242,17 +247,19 @@ def test_short_text_is_used_whole_and_says_so(folder: Path, texts: str, demo_mod
     Path("tiny").mkdir()
     Path("tiny/a.txt").write_text("x\n")
     with pytest.raises(ValueError, match=r"'tiny' has no sequence of 256 tokens\. Use more text"):
-        evaluation_tokens(sae, demo_model, 1000, dataset="tiny", context_size=256)
+        evaluation_tokens({"sae": sae}, demo_model, 1000, TextSettings("tiny", context_size=256))
 
 
 def test_text_of_the_bundled_model_is_what_nobody_trained_on(folder: Path, demo_model: Any):
     for sae in (made_up_sae(**DEMO), made_up_sae(**DEMO, dataset_path="something/else")):
-        tokens = evaluation_tokens(sae, demo_model, 1000)
+        tokens, source = evaluation_tokens({"sae": sae}, demo_model, 1000)
         assert torch.equal(tokens, held_out("evaluation", 128)[:7])
+        assert (source.dataset, source.split) == ("e2e-sae-demo", "evaluation")
     nameless = made_up_sae(**{**DEMO, "model_name": None})
-    assert torch.equal(evaluation_tokens(nameless, demo_model, 1000, dataset="e2e-sae-demo"), tokens)
+    again, _ = evaluation_tokens({"sae": nameless}, demo_model, 1000, TextSettings("e2e-sae-demo"))
+    assert torch.equal(again, tokens)
     with pytest.raises(ValueError, match=r"metadata name no dataset\. Give dataset \(--dataset\)"):
-        evaluation_tokens(nameless, demo_model, 1000)
+        evaluation_tokens({"sae": nameless}, demo_model, 1000)
 
 
 def test_the_model_is_the_metadatas_or_the_one_that_is_given(folder: Path, demo_model: Any, monkeypatch: Any):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from e2e_sae_plugin import E2ESAETrainingRunner, Objective
 from e2e_sae_plugin.cli import main
-from e2e_sae_plugin.comparison.inputs import evaluation_tokens
+from e2e_sae_plugin.comparison.inputs import TextSettings, evaluation_tokens
 from e2e_sae_plugin.data import DataSettings, load_data
 from e2e_sae_plugin.sweep import SweepConfig, SweepKind, SweepRunner
 from e2e_sae_plugin.token_stream import TokenStream
@@ -98,6 +98,12 @@ def sae(**metadata: Any) -> Any:
     return made
 
 
+def measured(model: Any, dataset_path: str, n_prompts: int) -> Tensor:
+    """The first sequences of an evaluation on that data."""
+    text = TextSettings(dataset_path, context_size=CONTEXT)
+    return evaluation_tokens({"sae": sae()}, model, n_prompts * CONTEXT, text)[0]
+
+
 # What is accepted.
 
 
@@ -113,8 +119,7 @@ def test_a_run_and_an_evaluation_read_files_of_text(path: str, model: Any):
     Path(path).rename(f"inside/{path}")
     assert torch.equal(batches(model, "inside"), expected)
     assert torch.equal(batches(model, f"./inside/{path}"), expected)
-    found = evaluation_tokens(sae(), model, CONTEXT * 16, dataset="inside", context_size=CONTEXT)
-    assert torch.equal(found, expected)
+    assert torch.equal(measured(model, "inside", 16), expected)
 
 
 @pytest.mark.parametrize("name", ["text", "json"])
@@ -167,7 +172,7 @@ def test_tokens_of_any_usual_name_and_type(column: str, kind: str, model: Any):
         made.save_to_disk("data")
     path = "data/data-00000-of-00001.arrow" if kind == "arrow" else "data"
     assert torch.equal(batches(model, path), tokens[:16])
-    assert torch.equal(evaluation_tokens(sae(), model, 64, dataset=path, context_size=CONTEXT), tokens[:8])
+    assert torch.equal(measured(model, path, 8), tokens[:8])
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -218,15 +223,14 @@ def test_rows_without_text_are_left_out_and_said(model: Any, caplog: pytest.LogC
     for streaming in (False, True):
         assert torch.equal(batches(model, "a.jsonl", streaming=streaming), expected)
     assert "Row 0 of dataset_path='a.jsonl' has no value in column 'text': such rows are left out." in caplog.text
-    found = evaluation_tokens(sae(), model, CONTEXT * 16, dataset="a.jsonl", context_size=CONTEXT)
-    assert torch.equal(found, expected)
+    assert torch.equal(measured(model, "a.jsonl", 16), expected)
 
 
 def test_nothing_about_trust_remote_code(model: Any, caplog: pytest.LogCaptureFixture):
     write_text("a.jsonl")
     with caplog.at_level(logging.DEBUG):
         batches(model, "a.jsonl")
-        evaluation_tokens(sae(), model, 64, dataset="a.jsonl", context_size=CONTEXT)
+        measured(model, "a.jsonl", 8)
     assert "trust_remote_code" not in caplog.text
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert all("passed in a model" in text for text in warnings)  # the host's, of override_model
@@ -418,3 +422,14 @@ def test_commands_say_what_they_cannot_read(capsys: pytest.CaptureFixture[str], 
         assert "a.txt', line 4, is not UTF-8" in capsys.readouterr().err
         assert main([*command, "--dataset", "./nope", "--device", "cpu"]) == 2
         assert "There is no file or folder './nope'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_class", ["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"])
+def test_commands_say_that_there_is_no_such_model(model_class: str, capsys: pytest.CaptureFixture[str]):
+    StandardSAE(StandardSAEConfig(d_in=128, d_sae=64)).save_model("sae")
+    Path("empty").mkdir()
+    flags = ["--model-class", model_class, "--hook", "x", "--device", "cpu"]
+    messages = {"./nope": "There is no folder './nope'", "empty": "'empty' (model_name, --model) holds no model"}
+    for name, message in messages.items():
+        assert main(["evaluate", "sae", "--model", name, *flags]) == 2
+        assert message in capsys.readouterr().err

@@ -51,7 +51,7 @@ FEW: dict[str, Any] = {"n_resamples": 20}
 def sae_at(hook_name: str | None = HOOK, architecture: str = "standard", d_in: int = D_MODEL, **metadata: Any) -> Any:
     """A training SAE whose metadata say where it sits."""
     sae = training_sae(runner_config(architecture, {"d_in": d_in}))
-    for name, value in {"hook_name": hook_name, **metadata}.items():
+    for name, value in {"hook_name": hook_name, "exclude_special_tokens": False, **metadata}.items():
         setattr(sae.cfg.metadata, name, value)
     return sae
 
@@ -589,13 +589,13 @@ def all_finite(found: Evaluation) -> bool:
 
 def test_a_dead_dictionary_gives_numbers_and_a_warning():
     found = evaluate(dead_sae(), tiny_hooked_transformer(), token_batch(12), name="quiet", **FEW)
-    assert found.warnings == ("No feature of quiet fires on these tokens: the dictionary is dead.",)
+    assert found.warnings == ("No feature of quiet fires on these 96 tokens.",)
     assert all_finite(found)
     assert all(value is not None for value in found.metrics.values())
     assert (found.n_alive, found.value("l0"), found.l0_counts.tolist()) == (0, 0, [12 * 8])
     assert set(found.l0_quantiles().values()) == {0}
     assert found.value("explained_variance") < 0.1
-    assert "the dictionary is dead" in str(found)
+    assert "0  of 32 (the others fire on fewer than 1 in 33 tokens, 95%)" in str(found)
 
 
 def test_a_dead_dictionary_without_a_bias_is_the_zero_ablation():
@@ -733,9 +733,13 @@ def test_saes_of_different_places_are_refused(which: str):
     metadata, what = DIFFERENT_PLACES[which]
     saes = {"first": sae_at(), "second": sae_at(**metadata)}
     text = refusal(saes, tiny_hooked_transformer(), token_batch(2))
+    flags = {
+        "positions": "Give seqpos_slice (--seqpos-slice) to measure all of them on the same tokens.",
+        "excluded": "Give exclude_special_tokens (--exclude-special-tokens) to measure all of them on the same tokens.",
+    }
     assert text == (
         f"first and second are not at the same place of the model ({what}), so their numbers cannot be compared as if "
-        "equal. Evaluate each place by itself, or all in one pass (--joint)."
+        f"equal. {flags.get(which, 'Evaluate each place by itself, or all in one pass (--joint).')}"
     )
 
 

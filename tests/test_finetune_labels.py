@@ -34,6 +34,16 @@ def compare(after: Any, moved: Movement = UNMOVED, **settings: Any) -> labels.La
 @pytest.fixture(autouse=True)
 def _windows_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "CONTEXT_TOKENS", 4)
+    monkeypatch.setattr(labels, "MIN_CONTEXTS", 10)
+
+
+def test_a_verdict_takes_twenty_contexts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    assert labels.MIN_CONTEXTS == 20
+    few = torch.tensor([0, 19, 20, 19, 20])
+    same, other = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]), torch.ones(5)
+    found = labels.LabelTransfer(other, None, same, other, few, few, 100)
+    assert found.verdicts == ["silent", "rare", "same", "rare", "changed"]
 
 
 def test_nothing_changed():

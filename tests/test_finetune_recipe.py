@@ -49,9 +49,9 @@ def test_the_metadata_say_where_and_on_what(tmp_path: Path):
     assert overridden.exclude_special_tokens is False
 
 
-def test_special_tokens_are_left_clean_unless_the_user_says_otherwise(tmp_path: Path):
-    for said in (False, None, True):
-        assert config_of(finished(tmp_path, exclude_special_tokens=said)).exclude_special_tokens is True
+def test_special_tokens_are_as_the_record_says_and_left_clean_without_one(tmp_path: Path):
+    for said, expected in ((False, False), (None, True), (True, True), ([5], [5])):
+        assert config_of(finished(tmp_path, exclude_special_tokens=said)).exclude_special_tokens == expected
 
 
 def test_the_published_recipe_is_the_default(tmp_path: Path):

@@ -277,7 +277,7 @@ REFUSED = {
     "nothing": (lambda _: {}, "the mapping is empty"),
     "a number": (lambda _: 3, "got 3"),
     "no folder": (lambda p: p / "missing", "there is no such folder"),
-    "empty folder": (lambda p: p, r"neither it nor a folder in it has a cfg\.json"),
+    "empty folder": (lambda p: p, r"holds no SAE, nor does a folder in it"),
     "weights cut": (lambda p: damaged(p, "sae_weights.safetensors", b"\0" * 40), "SAELens cannot load it"),
     "config cut": (lambda p: {"a": damaged(p, "cfg.json", b'{"archi')}, "cfg.json cannot be read"),
     "config of another shape": (lambda p: {"a": damaged(p, "cfg.json", b"[]")}, "no JSON object"),

@@ -633,6 +633,7 @@ def test_evaluate_joint_prints_the_table_and_writes_it(tmp_path: Path, capsys: p
     ours = ["evaluate", str(tmp_path / "out"), "--tokens", "200"]
     assert cli.main([*ours, "--joint", "--output", str(tmp_path / "table.csv")]) == 0
     printed = capsys.readouterr().out
+    assert "2 SAEs of e2e-sae-demo, on 192 tokens of e2e-sae-demo (evaluation)" in printed
     assert "| a | blocks.1.hook_resid_pre | 4.0 [4.0, 4.0] | 4.0 |" in printed
     assert "| b | blocks.2.hook_resid_pre | 5.0 [5.0, 5.0] | 9.0 |" in printed
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))

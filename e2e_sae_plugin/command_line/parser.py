@@ -80,6 +80,31 @@ def _plural(word: str, things: Sequence[Any]) -> str:
     return word if len(things) == 1 else f"{word}s"
 
 
+def yes_or_no(text: str) -> bool:
+    """`yes` or `no` as a switch.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is neither.
+    """
+    if text.lower() not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected yes or no, got {text!r}")
+    return text.lower() == "yes"
+
+
+def special_tokens(text: str) -> bool | list[int]:
+    """`yes`, `no` or `0,2`: all special tokens, none, or those of some ids.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none of these.
+    """
+    if text.lower() in ("yes", "no"):
+        return text.lower() == "yes"
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected yes, no, or token ids such as 0,2; got {text!r}") from None
+
+
 def number_of_tokens(text: str) -> int:
     """`25M`, `1.5k`, `2e6` or `1000` as a whole number.
 

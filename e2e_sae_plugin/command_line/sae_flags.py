@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from e2e_sae_plugin.command_line.parser import CommandParser, number_of_tokens
+from e2e_sae_plugin.command_line.parser import CommandParser, number_of_tokens, special_tokens, yes_or_no
 
 # As in `config`, `finetune.recipe`, which take torch to import; a test compares them.
 MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
@@ -15,6 +15,7 @@ TRAINING_TOKENS, EVALUATION_TOKENS = 25_000_000, 131_072
 
 DATA_FLAGS = ("streaming", "split", "text_column", "shuffle_seed", "skip_examples", "max_examples")
 """Fields of `DataSettings`, besides the dataset itself."""
+TOKEN_FLAGS = ("context_size", "prepend_bos", "exclude_special_tokens", "seqpos_slice")
 
 DEVICE = "cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
 
@@ -79,6 +80,7 @@ def finetune_parser() -> CommandParser:
     add("--overwrite", dest="overwrite_output", action="store_true", default=None, help="replace what is there")
     _add_data_flags(parser.add_argument_group("data"), "dataset_path")
     _add_training_flags(parser.add_argument_group("what is trained"))
+    _add_token_flags(parser.add_argument_group("tokens"), "default: the metadata's, or 1024")
     _add_place_flags(parser.add_argument_group("where"))
     _add_run_flags(parser.add_argument_group("the run"))
     return parser
@@ -100,6 +102,32 @@ def _add_data_flags(group: argparse._ArgumentGroup, destination: str) -> None:
     add("--shuffle-seed", type=int, metavar="N", help="shuffle the rows first (default: they stay in order)")
     add("--skip-examples", type=int, metavar="N", help="leave out so many rows at the beginning (default 0)")
     add("--max-examples", type=int, metavar="N", help="read at most so many rows (default: all)")
+
+
+def _add_token_flags(group: argparse._ArgumentGroup, context_size: str) -> None:
+    """Which tokens count; flags of `TOKEN_FLAGS`."""
+    add = group.add_argument
+    add("--context-size", type=int, metavar="N", help=f"tokens in a sequence ({context_size})")
+    add(
+        "--prepend-bos",
+        type=yes_or_no,
+        metavar="yes|no",
+        help="begin each sequence of text with BOS (default: the metadata's, or yes)",
+    )
+    add(
+        "--exclude-special-tokens",
+        type=special_tokens,
+        metavar="yes|no|IDS",
+        help="special tokens stay clean and are left out of every mean; or tokens of these ids, such as 0,2 (default: the "
+        "metadata's; yes if they say nothing)",
+    )
+    add(
+        "--seqpos-slice",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "END"),
+        help="only positions from FIRST to END - 1 (default: the metadata's)",
+    )
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -156,7 +184,6 @@ def _add_place_flags(group: argparse._ArgumentGroup) -> None:
         help="of the model (default: bfloat16 on CUDA, else the metadata's); the SAE is trained in fp32",
     )
     add("--hook", dest="hook_name", metavar="HOOK", help="default: the metadata's; another needs --force")
-    add("--context-size", type=int, metavar="N", help="default: the metadata's, or 1024")
     add("--device", help=DEVICE)
     add("--force", action="store_true", help="accept another model, hook or tokenizer than the metadata's")
 
@@ -232,7 +259,7 @@ def _measuring_parser(name: str, description: str, examples: str) -> CommandPars
         help="how many to measure on, such as 50k (default 100k)",
     )
     _add_data_flags(parser.add_argument_group("data"), "dataset")
-    add("--context-size", type=int, metavar="N", help="default: the metadata's, or 128")
+    _add_token_flags(parser.add_argument_group("tokens"), "default: the metadata's, or 128")
     add("--model", metavar="NAME", help="default: the metadata's")
     add("--model-class", choices=MODEL_CLASSES, help="how the model is loaded (default: the metadata's)")
     add("--model-dtype", choices=DTYPES, help="of the language model (default: the metadata's)")

@@ -29,11 +29,12 @@ from e2e_sae_plugin.comparison.subjects import (
     subject,
 )
 from e2e_sae_plugin.evaluation.cards import feature_cards
-from e2e_sae_plugin.evaluation.evaluate import check_tokens, common_place, evaluate_many, measured_form
+from e2e_sae_plugin.evaluation.evaluate import check_tokens, evaluate_many, measured_form
 from e2e_sae_plugin.evaluation.feature_card import FeatureCard
 from e2e_sae_plugin.evaluation.importance import FeatureImportance, feature_importance
-from e2e_sae_plugin.evaluation.place import Place, splice_at
+from e2e_sae_plugin.evaluation.place import Place, SpecialTokens, common_place, splice_at
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
+from e2e_sae_plugin.evaluation.tokens import MeasuredTokens
 from e2e_sae_plugin.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,9 @@ def compare(
     batch_size_prompts: int = 8,
     hook_name: str | None = None,
     text: str | None = None,
+    source: MeasuredTokens | None = None,
+    exclude_special_tokens: SpecialTokens = None,
+    seqpos_slice: Sequence[int | None] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Comparison:
@@ -95,6 +99,9 @@ def compare(
         batch_size_prompts: sequences that go through the model at once.
         hook_name: see `evaluate_many`.
         text: see `evaluate_many`; the report says it.
+        source: see `evaluate_many`.
+        exclude_special_tokens: see `evaluate_many`; for all SAEs, which otherwise have to agree on it.
+        seqpos_slice: see `evaluate_many`; likewise.
         seed: of bootstraps, of importance and of the dip test.
         progress: show a bar.
 
@@ -117,10 +124,13 @@ def compare(
         )
     groups = _grouped(subjects)
     by_name = {each.name: each.sae for each in subjects}
-    place = common_place(by_name, model, hook_name)
+    place_settings: dict[str, Any] = {
+        "hook_name": hook_name, "exclude_special_tokens": exclude_special_tokens, "seqpos_slice": seqpos_slice,
+    }  # fmt: skip
+    place = common_place(by_name, model, **place_settings)
     check_tokens(tokens, splice_at(model, place, list(by_name.values()), list(by_name)).vocabulary)
-    settings = {"batch_size_prompts": batch_size_prompts, "hook_name": hook_name, "text": text, "seed": seed}
-    settings["progress"] = progress
+    settings = {"batch_size_prompts": batch_size_prompts, "text": text, "source": source, "seed": seed}
+    settings |= {"progress": progress, **place_settings}
     evaluations = _evaluations(by_name, model, tokens, settings, cache, place)
     matched = _matched_by_ce(groups, evaluations)
     geometry: dict[tuple[str, str], Geometry] = {}
@@ -174,8 +184,12 @@ def _evaluations(
         "seed": settings["seed"],
     }
     keys = {name: {**common, "sae": fingerprint(sae), "cfg": _computed(sae)} for name, sae in saes.items()}
+    source = settings["source"] or MeasuredTokens(n_sequences=len(tokens), context_size=tokens.shape[1])
+    said = {"measured_on": source.of(tokens, place)}
+    if (text := settings["text"] or source.dataset) is not None:
+        said["text"] = text
     found = {
-        name: each if settings["text"] is None else replace(each, text=settings["text"])
+        name: replace(each, **said)
         for name, sae in saes.items()
         if (each := _cached(folder / f"{file_stem(name)}.json", keys[name], name, sae))
     }

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 
-from e2e_sae_plugin.build import load_language_model, quiet_override_warning, reading_dataset
-from e2e_sae_plugin.data import DataSettings, load_data
-from e2e_sae_plugin.data.load import check_tokenized_for
+from e2e_sae_plugin.build import load_language_model
+from e2e_sae_plugin.comparison.reader import Reader
+from e2e_sae_plugin.data import DataSettings
+from e2e_sae_plugin.data.rows import ROW_ORDER, TrainedRows, UnseenRows, overlap_share, trained_rows, unseen_rows
+from e2e_sae_plugin.data.settings import text_name
 from e2e_sae_plugin.demo.bundled import BUNDLED
 from e2e_sae_plugin.demo.data import demo_tokens
+from e2e_sae_plugin.evaluation.tokens import MeasuredTokens
 from e2e_sae_plugin.finetune.recipe import DTYPES
-from e2e_sae_plugin.seekable_store import SeekableActivationsStore
 from e2e_sae_plugin.splice.given_model import check_context
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 128
+OTHERS = "Measure on other text (--dataset), or on rows that it has not seen (--skip-examples)."
 
 
 def load_model_of(
@@ -57,112 +60,143 @@ def dataset_of(sae: SAE[Any], dataset: str | None = None) -> str | None:
     return dataset or (BUNDLED if metadata.model_name == BUNDLED else metadata.dataset_path)
 
 
-def text_name(dataset: str | None) -> str | None:
-    """What a dataset is called where results are read: of a place on this machine, the last component."""
-    if not dataset:
-        return None
-    path = Path(dataset)
-    return path.absolute().name or None if path.is_absolute() or path.exists() else dataset
-
-
-def data_settings(sae: SAE[Any], given: Mapping[str, Any]) -> DataSettings | None:
-    """The data that is given, and what an SAE's metadata say where nothing is given; None where no dataset is known.
+@dataclass(frozen=True)
+class TextSettings:
+    """What text is measured on. None: as the first SAE's metadata say.
 
     Args:
-        sae: The SAE.
-        given: Fields of `DataSettings`; None for what is not given.
+        dataset_path: The dataset, as in `DataSettings`; so are the other settings of rows.
+        split: See `DataSettings`.
+        text_column: See `DataSettings`.
+        shuffle_seed: See `DataSettings`.
+        skip_examples: The first row. Default: rows that the SAEs were not trained on.
+        max_examples: The most rows.
+        streaming: See `DataSettings`.
+        context_size: Tokens in a sequence; default 128 where the metadata say nothing.
+        prepend_bos: Begin each sequence with BOS; default True where the metadata say nothing.
     """
-    settings = {name: value for name, value in given.items() if value is not None}
-    dataset = dataset_of(sae, settings.pop("dataset_path", None))
-    return None if not dataset else DataSettings(dataset, **settings)
+
+    dataset_path: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    shuffle_seed: int | None = None
+    skip_examples: int | None = None
+    max_examples: int | None = None
+    streaming: bool | None = None
+    context_size: int | None = None
+    prepend_bos: bool | None = None
+
+    def data(self, sae: SAE[Any]) -> DataSettings:
+        """The dataset with its rows; where the SAE's record is of the same dataset, in the order of the record.
+
+        Raises:
+            ValueError: If no dataset is known, or a setting is out of range.
+        """
+        dataset = dataset_of(sae, self.dataset_path)
+        if not dataset:
+            raise ValueError("The SAE's metadata name no dataset. Give dataset (--dataset).")
+        names = [field.name for field in fields(DataSettings) if hasattr(self, field.name)]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        settings = DataSettings(**{**given, "dataset_path": dataset})
+        recorded = next((each for each in reversed(trained_rows(sae)) if each.is_of(settings)), None)
+        if recorded is None:
+            return settings
+        order = {name: getattr(recorded, name) for name in ROW_ORDER if name not in given}
+        return replace(settings, **order)
 
 
 def evaluation_tokens(
-    sae: SAE[Any],
-    model: Any,
-    n_tokens: int,
-    *,
-    dataset: str | None = None,
-    context_size: int | None = None,
-    streaming: bool | None = None,
-    **data: Any,
-) -> Tensor:
-    """Sequences `[n_prompts, context_size]` of about `n_tokens`, from the head of a dataset: what runs of this package hold
-    out for evaluation. Of the bundled model's text, files that neither it nor an SAE was trained on.
+    saes: Mapping[str, SAE[Any]], model: Any, n_tokens: int, text: TextSettings | None = None
+) -> tuple[Tensor, MeasuredTokens]:
+    """Sequences `[n_prompts, context_size]` of about `n_tokens`, and where they come from.
+
+    They are of rows that none of the SAEs was trained on, as far as their records tell: those after the rows that they were
+    trained on, then those that their runs held out. Where there are none, a warning says how many they share with training.
+    Of the bundled model's text they are files that neither it nor an SAE was trained on.
 
     Args:
-        sae: whose metadata give what is not given.
-        dataset: a dataset of the Hub, a file or a folder, of text or tokens; default: the metadata's.
-        context_size: default: the metadata's, or 128.
-        streaming: stream the dataset instead of fetching it.
-        **data: other fields of `DataSettings`: `split`, `text_column`, `shuffle_seed`, `skip_examples`, `max_examples`.
+        saes: By name; the first one's metadata give what is not given.
+        model: Their language model.
+        n_tokens: About how many tokens.
+        text: Which text; None for what the metadata say.
 
     Raises:
-        ValueError: no dataset is known, it has no sequence, or sequences of that size cannot be.
+        ValueError: If no dataset is known, it has no sequence, or sequences of that size cannot be.
     """
-    metadata = sae.cfg.metadata
-    settings = data_settings(sae, {"dataset_path": dataset, "streaming": streaming, **data})
-    context = (metadata.context_size or DEFAULT_CONTEXT) if context_size is None else context_size
+    first, text = next(iter(saes.values())), text or TextSettings()
+    context = _context_size(first, model, text.context_size)
+    n_prompts = max(1, n_tokens // context)
+    settings = text.data(first)
+    where = settings.dataset_path
+    if is_bundled_text(settings):
+        bundled = demo_tokens("evaluation", context)[:n_prompts]
+        return bundled, MeasuredTokens(len(bundled), context, dataset=BUNDLED, split="evaluation")
+    recorded = first.cfg.metadata.prepend_bos
+    prepend_bos = next((each for each in (text.prepend_bos, recorded) if each is not None), True)
+    reader = Reader(first, model, settings, context, prepend_bos)
+    records = {name: trained_rows(sae) or reader.estimated_rows(sae) for name, sae in saes.items()}
+    tokens: list[Tensor] = []
+    rows: list[tuple[int, int]] = []
+    if text.skip_examples is None:
+        unseen = unseen_rows(saes, records, settings, context)
+        tokens, rows = _unseen(unseen, reader, n_prompts, list(saes.values()))
+        for name in unseen.unknown:
+            logger.warning("%s was trained on %s too, on rows that its record does not tell. %s", name, where, OTHERS)
+    if not tokens:
+        tokens, rows = reader.read(settings.skip_examples, n_prompts)
+        _warn_of_overlap(records, settings, context, rows)
+    if len(tokens) < n_prompts:
+        logger.warning("%s has only %d of the %d sequences of %d tokens.", where, len(tokens), n_prompts, context)
+    if not tokens:
+        raise ValueError(f"{where!r} has no sequence of {context} tokens. Use more text, or a smaller context_size.")
+    source = MeasuredTokens(
+        n_sequences=len(tokens),
+        context_size=context,
+        dataset=text_name(settings.dataset_path),
+        split=settings.split,
+        text_column=settings.text_column,
+        shuffle_seed=settings.shuffle_seed,
+        rows=tuple(rows),
+        prepend_bos=None if reader.is_tokenized else prepend_bos,
+    )
+    logger.info("Measured on %s.", source)
+    return torch.stack(tokens), source
+
+
+def is_bundled_text(settings: DataSettings) -> bool:
+    """Return whether it is the bundled model's text, of which evaluation has files of its own."""
+    rows = (settings.shuffle_seed, settings.max_examples, settings.split, settings.text_column)
+    return settings.dataset_path == BUNDLED and rows == (None,) * 4 and not settings.skip_examples
+
+
+def _context_size(sae: SAE[Any], model: Any, given: int | None) -> int:
+    context = (sae.cfg.metadata.context_size or DEFAULT_CONTEXT) if given is None else given
     if context < 2:
         raise ValueError(f"context_size (--context-size) must be at least 2, got {context}.")
     check_context(model, context)
-    n_prompts = max(1, n_tokens // context)
-    if settings is None:
-        raise ValueError("The SAE's metadata name no dataset. Give dataset (--dataset).")
-    if settings == DataSettings(BUNDLED, streaming=bool(streaming)):
-        return demo_tokens("evaluation", context)[:n_prompts]
-    store = token_store(sae, model, settings, context)
-    sequences: list[Tensor] = []
-    try:
-        while len(sequences) < n_prompts:
-            sequences.append(store.get_batch_tokens(1, raise_at_epoch_end=True)[0].cpu())
-    except (StopIteration, RuntimeError) as stop:
-        if isinstance(stop, RuntimeError) and "StopIteration" not in str(stop):
-            raise
-        logger.warning(
-            "%s has only %d of the %d sequences of %d tokens.",
-            settings.dataset_path,
-            len(sequences),
-            n_prompts,
-            context,
-        )
-    if not sequences:
-        raise ValueError(
-            f"{settings.dataset_path!r} has no sequence of {context} tokens. Use more text, or a smaller context_size."
-        )
-    return torch.stack(sequences)
+    return context
 
 
-def token_store(sae: SAE[Any], model: Any, settings: DataSettings, context_size: int) -> SeekableActivationsStore:
-    """SAELens's store over the dataset, for its token sequences.
+def _unseen(
+    unseen: UnseenRows, reader: Reader, n_prompts: int, saes: Sequence[SAE[Any]]
+) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Sequences of rows that the SAEs were not trained on: after those that they were, then those held out."""
+    tokens: list[Tensor] = []
+    rows: list[tuple[int, int]] = []
+    if unseen.after is not None:
+        tokens, rows = reader.read(unseen.after, n_prompts)
+    n_more = min(n_prompts - len(tokens), unseen.held_out_sequences)
+    if n_more > 0 and reader.reads_like(saes):
+        more, more_rows = reader.read(unseen.held_out_from, n_more)
+        tokens, rows = tokens + more, rows + more_rows
+    return tokens, rows
 
-    Raises:
-        ValueError: If the dataset cannot be read, or belongs to another tokenizer.
-    """
-    metadata = sae.cfg.metadata
-    dataset = load_data(settings, context_size)
-    with quiet_override_warning(True), reading_dataset(dataset, f"dataset {settings.dataset_path!r}"):
-        store = SeekableActivationsStore(
-            model=model,
-            dataset=dataset,
-            streaming=settings.streaming,
-            hook_name=metadata.hook_name or "",
-            hook_head_index=metadata.hook_head_index,
-            context_size=context_size,
-            d_in=sae.cfg.d_in,
-            n_batches_in_buffer=2,
-            total_training_tokens=context_size,
-            store_batch_size_prompts=1,
-            train_batch_size_tokens=context_size,
-            prepend_bos=True if metadata.prepend_bos is None else metadata.prepend_bos,
-            normalize_activations="none",
-            device=torch.device("cpu"),
-            dtype="float32",
-            disable_concat_sequences=bool(metadata.disable_concat_sequences),
-            sequence_separator_token=metadata.sequence_separator_token or "bos",
-            use_chat_formatting=settings.use_chat_formatting,
-        )
-    store.source = repr(settings.dataset_path)
-    if store.is_dataset_tokenized:
-        check_tokenized_for(settings.dataset_path, getattr(model, "tokenizer", None))
-    return store
+
+def _warn_of_overlap(
+    records: Mapping[str, list[TrainedRows]], settings: DataSettings, context_size: int, rows: Sequence[tuple[int, int]]
+) -> None:
+    """Say by how much the rows are those that an SAE was trained on."""
+    for name, record in records.items():
+        known = [each for each in record if each.is_of(settings) and each.counts_as(settings, context_size)]
+        if share := overlap_share(known, rows):
+            logger.warning("%s was trained on %.0f%% of the rows that it is measured on. %s", name, 100 * share, OTHERS)

@@ -19,6 +19,7 @@ from e2e_sae_plugin.comparison.compare import Comparison, file_stem, mean_increa
 from e2e_sae_plugin.comparison.dictionaries import Comparison1D
 from e2e_sae_plugin.comparison.findings import ALIKE, E2E, E2E_DS, Finding, ratio
 from e2e_sae_plugin.comparison.subjects import LOCAL, ordered_kinds
+from e2e_sae_plugin.evaluation.result import Evaluation
 from e2e_sae_plugin.hub.published import PublishedSAE, published, published_at
 from e2e_sae_plugin.report import CardGroup, Report, Section, SummaryLine, Table, write_report
 from e2e_sae_plugin.report.page import MARKDOWN_FILENAME
@@ -69,13 +70,20 @@ def comparison_report(found: Comparison, title: str = "SAEs compared") -> Report
         title=title,
         subtitle=f"{len(found.subjects)} SAE{'s' * several} on {found.place.hook_name} of "
         f"{found.subjects[0].sae.cfg.metadata.model_name or 'a model without a name'}, on {first.n_tokens:,} tokens in "
-        f"{first.n_sequences:,} sequences{f' of {first.text}' if first.text else ''}; clean CE loss {clean:.4f} nats per "
+        f"{first.n_sequences:,} sequences{_of(first)}; clean CE loss {clean:.4f} nats per "
         "token. Brackets: 95 % intervals of a bootstrap over sequences.",
         summary=_summary(findings),
         sections=tuple(section for section in sections if section.charts or section.tables or section.card_groups),
         warnings=found.warnings,
         groups=tuple(kinds),
     )
+
+
+def _of(first: Evaluation) -> str:
+    """What the tokens are of."""
+    text = "" if first.measured_on is None else str(first.measured_on)
+    text = text if first.text is None or first.text in text else ", ".join(filter(None, (first.text, text)))
+    return f" of {text}" if text else ""
 
 
 def _summary(findings: Sequence[Finding]) -> tuple[SummaryLine, ...]:
@@ -174,6 +182,7 @@ def sae_tables(found: Comparison) -> list[Table]:
         return Table(name, title, caption, ("SAE", "kind", *metrics, *more), tuple(rows), forms)
 
     quantiles = [found.evaluations[each.name].l0_quantiles((0.05, 0.5, 0.95)).values() for each in ordered]
+    rarest = max(each.rarest_seen for each in found.evaluations.values())
     costs = {
         "CE loss increase": ("ce_loss_increase", "{:+.4f}"),
         "KL": ("kl", "{:.4f}"),
@@ -194,7 +203,8 @@ def sae_tables(found: Comparison) -> list[Table]:
         table(
             "saes",
             "Every SAE",
-            "L0 also as the 5 %, 50 % and 95 % quantiles over tokens; alive: features that fire at least once.",
+            "L0 also as the 5 %, 50 % and 95 % quantiles over tokens; alive: features that fire at least once on these; the "
+            f"others fire on fewer than 1 in {1 / rarest:,.0f} tokens (95 %).",
             costs,
             **{
                 "L0 5/50/95 %": ["/".join(map(str, each)) for each in quantiles],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 ROW_SETTINGS = ("split", "text_column", "shuffle_seed", "skip_examples", "max_examples")
@@ -65,3 +66,11 @@ class DataSettings:
                     f"{name}={getattr(self, name)!r} has no effect with override_dataset, which is taken as it is. Leave it "
                     "out, and change the dataset itself."
                 )
+
+
+def text_name(dataset: str | None) -> str | None:
+    """What a dataset is called where results are read: of a place on this machine, the last component."""
+    if not dataset:
+        return None
+    path = Path(dataset)
+    return path.absolute().name or None if path.is_absolute() or path.exists() else dataset

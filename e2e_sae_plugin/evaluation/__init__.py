@@ -19,4 +19,5 @@ from e2e_sae_plugin.evaluation.metrics import measure as measure
 from e2e_sae_plugin.evaluation.metrics import reconstruct_with as reconstruct_with
 from e2e_sae_plugin.evaluation.result import Evaluation as Evaluation
 from e2e_sae_plugin.evaluation.result import LayerMetrics as LayerMetrics
+from e2e_sae_plugin.evaluation.tokens import MeasuredTokens as MeasuredTokens
 from e2e_sae_plugin.evaluation.umap import umap_coordinates as umap_coordinates

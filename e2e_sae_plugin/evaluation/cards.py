@@ -12,6 +12,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from e2e_sae_plugin._typing import shape_checked
+from e2e_sae_plugin.evaluation.estimate import share_interval
 from e2e_sae_plugin.evaluation.feature_card import ActivatingContext, FeatureCard
 from e2e_sae_plugin.evaluation.importance import FeatureImportance
 from e2e_sae_plugin.evaluation.metrics import encode_with
@@ -114,9 +115,14 @@ def feature_cards(
                 contexts=contexts,
                 top_logits=logits[k][0],
                 bottom_logits=logits[k][1],
+                density_interval=_interval(float(importance.density[feature]), importance.n_tokens),
             )
         )
     return cards
+
+
+def _interval(density: float, n_tokens: int) -> tuple[float, float] | None:
+    return share_interval(round(density * n_tokens), n_tokens) if n_tokens else None
 
 
 class _TopContexts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -45,6 +46,28 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def rarest_seen(n_tokens: int, confidence: float = 0.95) -> float:
+    """The density below which a feature can stay unseen: one that fires on no token of `n_tokens` is rarer than this.
+
+    `1 - (1 - confidence)^(1 / n)`, about `3 / n` at 95%.
+
+    Args:
+        n_tokens: Tokens looked at, at least 1.
+        confidence: Between 0 and 1.
+    """
+    return 1 - (1 - confidence) ** (1 / n_tokens)
+
+
+def share_interval(n: int, n_tokens: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share, from `n` of `n_tokens`."""
+    z = 1.959964
+    share = n / n_tokens
+    middle = share + z * z / (2 * n_tokens)
+    half = z * math.sqrt(share * (1 - share) / n_tokens + z * z / (4 * n_tokens**2))
+    scale = 1 + z * z / n_tokens
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 @shape_checked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,18 @@ from tqdm.auto import tqdm
 
 from e2e_sae_plugin.checkpoint.finished import exported
 from e2e_sae_plugin.evaluation.metrics import Reconstruct, reconstruct_with
-from e2e_sae_plugin.evaluation.place import Place, place_of, splice_at
+from e2e_sae_plugin.evaluation.place import (
+    Place,
+    SpecialTokens,
+    check_recorded_model,
+    common_place,
+    model_name_of,
+    splice_at,
+)
 from e2e_sae_plugin.evaluation.result import Evaluation, weights_sha256
 from e2e_sae_plugin.evaluation.running import ESTIMATED_NORMALISATIONS, RunningMeans, SAESums, layer_norm
 from e2e_sae_plugin.evaluation.sums import SequenceSums, check_confidence
+from e2e_sae_plugin.evaluation.tokens import MeasuredTokens
 from e2e_sae_plugin.kernels.kl import chunk_tokens
 from e2e_sae_plugin.splice import SplicedModel
 from e2e_sae_plugin.splice.activations import select_tokens
@@ -49,6 +57,9 @@ def evaluate_many(
     *,
     hook_name: str | None = None,
     text: str | None = None,
+    source: MeasuredTokens | None = None,
+    exclude_special_tokens: SpecialTokens = None,
+    seqpos_slice: Sequence[int | None] | None = None,
     batch_size_prompts: int = 8,
     ablations: bool = True,
     n_resamples: int = 1000,
@@ -72,6 +83,10 @@ def evaluate_many(
         tokens: token ids `[n_prompts, pos]`. Use text that neither model nor SAE was trained on.
         hook_name: where to splice SAEs whose metadata name no hook, or another one than they name.
         text: what the tokens are of, such as the name of a dataset; results and model cards say it.
+        source: where the tokens come from, as `evaluation_tokens` says; recorded with the results.
+        exclude_special_tokens: which special tokens stay clean and are not measured: True for all, False for none, or ids.
+            Default: as the SAEs' records say; all, if they say nothing and the model has a tokenizer.
+        seqpos_slice: positions that are measured, for instance `(4, 128)`. Default: as the SAEs' records say.
         batch_size_prompts: sequences that go through the model at once.
         ablations: also run the model with the activations replaced by zeros and by their mean, for the CE loss recovered.
         n_resamples: of the bootstrap over sequences.
@@ -91,7 +106,9 @@ def evaluate_many(
     for setting, value in (("batch_size_prompts", batch_size_prompts), ("n_resamples", n_resamples)):
         if value < 1:
             raise ValueError(f"{setting} must be at least 1, got {value}.")
-    place = common_place(saes, model, hook_name)
+    place = common_place(
+        saes, model, hook_name, exclude_special_tokens=exclude_special_tokens, seqpos_slice=seqpos_slice
+    )
     measured = {name: measured_form(name, sae) for name, sae in saes.items()}
     spliced_model = splice_at(model, place, list(saes.values()), list(saes))
     check_tokens(tokens, spliced_model.vocabulary)
@@ -122,28 +139,27 @@ def evaluate_many(
     common = {"hook_name": place.hook_name, "shared": shared, "means": means, "ablations": ablations}
     common |= {"n_resamples": n_resamples, "confidence": confidence, "seed": seed}
     found = {name: sums[name].result(name, sae, **common) for name, sae in saes.items()}
-    return {name: replace(each, weights_sha256=weights_sha256(saes[name]), text=text) for name, each in found.items()}
+    source = source or MeasuredTokens(n_sequences=len(tokens), context_size=tokens.shape[1])
+    return _recorded(found, saes, model, source.of(tokens, place), text)
 
 
-def common_place(saes: Mapping[str, SAE[Any]], model: Any, hook_name: str | None = None) -> Place:
-    """The one place of all the SAEs.
-
-    Raises:
-        ValueError: there are none, or they sit at different places.
-    """
-    if not saes:
-        raise ValueError("There is no SAE to evaluate.")
-    places = {name: place_of(sae, model, hook_name) for name, sae in saes.items()}
-    first_name, first = next(iter(places.items()))
-    for name, place in places.items():
-        differing = [field for field in vars(first) if getattr(first, field) != getattr(place, field)]
-        if differing:
-            what = "; ".join(f"{f}: {getattr(first, f)!r} and {getattr(place, f)!r}" for f in differing)
-            raise ValueError(
-                f"{first_name} and {name} are not at the same place of the model ({what}), so their numbers cannot be "
-                "compared as if equal. Evaluate each place by itself, or all in one pass (--joint)."
-            )
-    return first
+def _recorded(
+    found: Mapping[str, Evaluation], saes: Mapping[str, SAE[Any]], model: Any, tokens: MeasuredTokens, text: str | None
+) -> dict[str, Evaluation]:
+    """The results with what they are of: weights, model, tokens, text."""
+    text = tokens.dataset if text is None else text
+    results: dict[str, Evaluation] = {}
+    for name, each in found.items():
+        another_model = check_recorded_model(saes[name], model)
+        results[name] = replace(
+            each,
+            weights_sha256=weights_sha256(saes[name]),
+            text=text,
+            model=model_name_of(model),
+            measured_on=tokens,
+            warnings=each.warnings if another_model is None else (*each.warnings, f"{name}: {another_model}"),
+        )
+    return results
 
 
 def check_tokens(tokens: object, vocabulary: int) -> None:

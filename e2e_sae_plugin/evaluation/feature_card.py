@@ -39,3 +39,5 @@ class FeatureCard:
     """Tokens that its decoder direction raises most, through the unembedding; highest first."""
     bottom_logits: tuple[tuple[str, float], ...]
     """Tokens that it lowers most; lowest first."""
+    density_interval: tuple[float, float] | None = None
+    """Wilson's 95% interval of the density, from the number of tokens; None if that is not known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from e2e_sae_plugin.splice import SplicedModel, splice_into
 
+UNNAMED = "custom"  # what TransformerLens calls a model without a name
 CENTRED_TOLERANCE = 1e-3
 """Activations whose mean over features is a larger part of their root mean square than this are not centred."""
 
@@ -35,13 +36,27 @@ class Place:
         return torch.tensor(self.excluded) if self.excluded else None
 
 
-def place_of(sae: SAE[Any], model: Any, hook_name: str | None = None) -> Place:
+SpecialTokens = bool | Sequence[int] | None
+"""Which special tokens are left out: all (True), none (False), these ids, or as the SAE's record says (None)."""
+
+
+def place_of(
+    sae: SAE[Any],
+    model: Any,
+    hook_name: str | None = None,
+    *,
+    exclude_special_tokens: SpecialTokens = None,
+    seqpos_slice: Sequence[int | None] | None = None,
+) -> Place:
     """From the SAE's metadata, as SAELens and this package write them.
 
     Args:
         sae: in inference or training form.
         model: the language model, whose tokenizer knows which tokens are special.
         hook_name: where to splice an SAE whose metadata name no hook, or another hook than they name.
+        exclude_special_tokens: instead of what the metadata say. If neither says anything, special tokens are left out
+            where the model has a tokenizer that knows them, as in SAELens's evaluations.
+        seqpos_slice: positions, instead of what the metadata say.
 
     Raises:
         ValueError: no hook is known, the SAE writes elsewhere than it reads (a transcoder) or reads whole sequences (a
@@ -59,21 +74,87 @@ def place_of(sae: SAE[Any], model: Any, hook_name: str | None = None) -> Place:
         )
     if isinstance(sae, TemporalSAE):
         raise ValueError("A temporal SAE reads whole sequences. Expected an SAE that reads each token by itself.")
-    special = metadata.exclude_special_tokens
+    tokenizer = getattr(model, "tokenizer", None)
+    special = metadata.exclude_special_tokens if exclude_special_tokens is None else exclude_special_tokens
+    if special is None:
+        special = tokenizer is not None
     if special is True:
-        tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise ValueError(
-                "The SAE leaves out special tokens, but the model has no tokenizer that says which these are. Set its "
-                "metadata.exclude_special_tokens to the list of their ids."
+                "The SAE leaves out special tokens, but the model has no tokenizer that says which these are. Give the list "
+                "of their ids (exclude_special_tokens, or the SAE's metadata)."
             )
         special = get_special_token_ids(tokenizer)
     return Place(
         hook_name=hook,
         head_index=metadata.hook_head_index,
-        seqpos_slice=tuple(metadata.seqpos_slice or (None,)),
+        seqpos_slice=tuple(seqpos_slice or metadata.seqpos_slice or (None,)),
         excluded=tuple(sorted({int(token) for token in special or ()})),
     )
+
+
+def common_place(
+    saes: Mapping[str, SAE[Any]],
+    model: Any,
+    hook_name: str | None = None,
+    *,
+    exclude_special_tokens: SpecialTokens = None,
+    seqpos_slice: Sequence[int | None] | None = None,
+) -> Place:
+    """The one place of all the SAEs. Of special tokens, an SAE without a record has what the others' records say.
+
+    Args:
+        saes: By name.
+        model: As in `place_of`; so are the others.
+        hook_name: Where to splice all of them.
+        exclude_special_tokens: For all of them.
+        seqpos_slice: For all of them.
+
+    Raises:
+        ValueError: If there are none, or they sit at different places.
+    """
+    if not saes:
+        raise ValueError("There is no SAE to evaluate.")
+    places = places_of(saes, model, hook_name, exclude_special_tokens=exclude_special_tokens, seqpos_slice=seqpos_slice)
+    first_name, first = next(iter(places.items()))
+    for name, place in places.items():
+        differing = [field for field in vars(first) if getattr(first, field) != getattr(place, field)]
+        if differing:
+            what = "; ".join(f"{f}: {getattr(first, f)!r} and {getattr(place, f)!r}" for f in differing)
+            raise ValueError(
+                f"{first_name} and {name} are not at the same place of the model ({what}), so their numbers cannot be "
+                f"compared as if equal. {_how_to_make_equal(differing)}"
+            )
+    return first
+
+
+def places_of(
+    saes: Mapping[str, SAE[Any]],
+    model: Any,
+    hook_name: str | None = None,
+    *,
+    exclude_special_tokens: SpecialTokens = None,
+    seqpos_slice: Sequence[int | None] | None = None,
+) -> dict[str, Place]:
+    """The place of each of the SAEs, see `common_place`."""
+    recorded = {name: sae.cfg.metadata.exclude_special_tokens for name, sae in saes.items()}
+    of_others = next((each for each in recorded.values() if each is not None), None)
+    places: dict[str, Place] = {}
+    for name, sae in saes.items():
+        special = exclude_special_tokens
+        if special is None and recorded[name] is None:
+            special = of_others
+        places[name] = place_of(sae, model, hook_name, exclude_special_tokens=special, seqpos_slice=seqpos_slice)
+    return places
+
+
+def _how_to_make_equal(differing: Sequence[str]) -> str:
+    settings = {"excluded": "exclude_special_tokens", "seqpos_slice": "seqpos_slice"}
+    if any(field not in settings for field in differing):
+        return "Evaluate each place by itself, or all in one pass (--joint)."
+    names = [settings[field] for field in differing]
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    return f"Give {' and '.join(names)} ({flags}) to measure all of them on the same tokens."
 
 
 def splice_at(model: Any, place: Place, saes: Sequence[SAE[Any]], names: Sequence[str]) -> SplicedModel:
@@ -174,6 +255,22 @@ def flatten_heads(sae: SAE[Any]) -> None:
     sae.cfg.reshape_activations = "hook_z"
     if not isinstance(sae, TrainingSAE):
         sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+def model_name_of(model: Any) -> str | None:
+    """The name that a language model has; None for one that TransformerLens calls "custom"."""
+    wrapped = getattr(model, "model", model)
+    name = getattr(getattr(model, "cfg", None), "model_name", None)
+    name = name or getattr(getattr(wrapped, "config", None), "name_or_path", None)
+    return str(name) if name and name != UNNAMED else None
+
+
+def check_recorded_model(sae: SAE[Any], model: Any) -> str | None:
+    """A warning if the SAE's record names another model than this one."""
+    recorded, name = sae.cfg.metadata.model_name, model_name_of(model)
+    if not recorded or name is None or same_model_name(recorded, name):
+        return None
+    return f"It was trained on {recorded!r} (its record says), and is measured on {name!r}."
 
 
 def same_model_name(first: str, second: str) -> bool:

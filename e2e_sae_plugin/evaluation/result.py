@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 from torch import Tensor
 
-from e2e_sae_plugin.evaluation.estimate import Estimate
+from e2e_sae_plugin.evaluation.estimate import Estimate, rarest_seen
+from e2e_sae_plugin.evaluation.tokens import MeasuredTokens
 
 LABELS = {
     "ce_loss_increase": ("CE loss increase", "{:+.4f}"),
@@ -84,6 +86,15 @@ class Evaluation:
     """`weights_sha256` of the SAE that was measured; None in files of before it was noted."""
     text: str | None = None
     """What the tokens are of, as its reader will know it: the name of a dataset. None: nobody said."""
+    model: str | None = None
+    """The language model; None for one without a name, and in files of before it was noted."""
+    measured_on: MeasuredTokens | None = None
+    """The tokens; None in files of before it was noted."""
+
+    @property
+    def rarest_seen(self) -> float:
+        """Density that a feature which does not fire on these tokens is below, with 95% confidence."""
+        return rarest_seen(self.n_tokens)
 
     @property
     def n_alive(self) -> int:
@@ -105,6 +116,21 @@ class Evaluation:
         cumulative = self.l0_counts.cumsum(0).double() / self.l0_counts.sum()
         return {p: int((cumulative < p - 1e-12).sum()) for p in probabilities}
 
+    def differences(self, other: Evaluation) -> list[str]:
+        """Settings in which two evaluations differ, each with both values and how to make them equal; [] if their numbers
+        can be compared. Of tokens that were not recorded, the clean model's CE loss tells whether they are the same.
+        """
+        found = [
+            f"{name}: {getattr(self, name)} and {getattr(other, name)} ({flag})"
+            for name, flag in (("model", "--model"), ("hook_name", "--hook"))
+            if getattr(self, name) != getattr(other, name)
+        ]
+        if self.measured_on is not None and other.measured_on is not None:
+            return found + self.measured_on.differences(other.measured_on)
+        if not math.isclose(*(each.value("ce_loss_without_sae") for each in (self, other)), rel_tol=1e-6):
+            found.append("the text, as the clean model's CE loss tells (--dataset, --tokens)")
+        return found
+
     def downstream_mse(self) -> dict[str, Estimate]:
         """The error at each later hook."""
         return {hook: layer.mse for hook, layer in self.layers.items() if hook != self.hook_name}
@@ -115,9 +141,13 @@ class Evaluation:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.name}: {self.architecture}, {self.d_in} x {self.d_sae} on {self.hook_name}; {self.n_tokens:,} tokens in "
-            f"{self.n_sequences:,} sequences" + (f" of {self.text}" if self.text else "")
+            f"{self.name}: {self.architecture}, {self.d_in} x {self.d_sae} on {self.hook_name}"
+            + (f" of {self.model}" if self.model else "")
+            + f"; {self.n_tokens:,} tokens in {self.n_sequences:,} sequences"
+            + (f" of {self.text}" if self.text else "")
         ]
+        if self.measured_on is not None and str(self.measured_on) not in ("", self.text):
+            lines.append(f"  {'tokens':<36} {self.measured_on}")
         for name, (label, form) in LABELS.items():
             estimate = self.metrics.get(name)
             if estimate is not None:
@@ -125,13 +155,19 @@ class Evaluation:
                 lines.append(f"  {label:<36} {value:>10}  [{low}, {high}]")
         low, middle, high = self.l0_quantiles((0.05, 0.5, 0.95)).values()
         lines.append(f"  {'L0: 5 %, median, 95 % of tokens':<36} {low}, {middle}, {high}")
-        lines.append(f"  {'alive features':<36} {self.n_alive:>10,}  of {self.d_sae:,}")
+        lines.append(f"  {'alive features':<36} {self.n_alive:>10,}  of {self.d_sae:,}{self._others()}")
         for hook, layer in self.layers.items():
             lines.append(
                 f"  {hook:<36} MSE {layer.mse.value:.4g}, explained variance {layer.explained_variance.value:.4f} "
                 f"({layer.layernorm_explained_variance.value:.4f} after LayerNorm)"
             )
         return "\n".join(lines + [f"  Warning: {text}" for text in self.warnings])
+
+    def _others(self) -> str:
+        """What is known of features that do not fire here."""
+        if self.n_alive == self.d_sae:
+            return ""
+        return f" (the others fire on fewer than 1 in {1 / self.rarest_seen:,.0f} tokens, 95%)"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready; `from_dict` reads it back."""
@@ -155,12 +191,15 @@ class Evaluation:
             "warnings": list(self.warnings),
             "weights_sha256": self.weights_sha256,
             "text": self.text,
+            "model": self.model,
+            "measured_on": None if self.measured_on is None else self.measured_on.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Evaluation:
-        """What `to_dict` gave; `weights_sha256` and `text` may be missing."""
+        """What `to_dict` gave; what it says of weights, text, model and tokens may be missing."""
         entries = {name: value for name, value in entries.items() if name != "n_alive"}
+        measured_on = entries.get("measured_on")
         return cls(
             **{
                 **entries,
@@ -174,6 +213,7 @@ class Evaluation:
                 "alive_curve": tuple((n, alive) for n, alive in entries["alive_curve"]),
                 "resamples": {n: torch.tensor(v, dtype=torch.float64) for n, v in entries["resamples"].items()},
                 "warnings": tuple(entries["warnings"]),
+                "measured_on": None if measured_on is None else MeasuredTokens.from_dict(measured_on),
             }
         )
 

@@ -120,7 +120,7 @@ class SAESums:
         density = self.fired.double() / self.n_tokens
         warnings: list[str] = []
         if not bool((density > 0).any()):
-            warnings.append(f"No feature of {name} fires on these tokens: the dictionary is dead.")
+            warnings.append(f"No feature of {name} fires on these {self.n_tokens:,} tokens.")
         if estimates.n_sequences < MIN_SEQUENCES:
             warnings.append(
                 f"The intervals come from so few sequences ({estimates.n_sequences}) that they mean little."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,11 +21,14 @@ from torch import Tensor
 from e2e_sae_plugin.architectures import SPARSITY_COEFFICIENT
 from e2e_sae_plugin.checkpoint.identity import tokenizer_fingerprint
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.data.rows import overlap_share, trained_rows, unseen_rows
+from e2e_sae_plugin.data.settings import ROW_SETTINGS, DataSettings
 from e2e_sae_plugin.evaluation.metrics import reconstruct_with
-from e2e_sae_plugin.evaluation.place import same_model_name
+from e2e_sae_plugin.evaluation.place import model_name_of, same_model_name
 from e2e_sae_plugin.finetune.start import training_config
 
-UNNAMED = "custom"  # what TransformerLens calls a model without a name
+logger = logging.getLogger(__name__)
+
 L1_TOLERANCE = 5.0
 """A coefficient of the metadata that is further than this factor from what the SAE's shrinkage implies is refused."""
 
@@ -56,11 +61,8 @@ def check_given_model(sae: SAE[Any], model: Any) -> None:
     Raises:
         ValueError: names both.
     """
-    wrapped = getattr(model, "model", model)
-    name = getattr(getattr(model, "cfg", None), "model_name", None)
-    name = name or getattr(getattr(wrapped, "config", None), "name_or_path", None)
-    expected = sae.cfg.metadata.model_name
-    if name and name != UNNAMED and expected and not same_model_name(str(name), expected):
+    name, expected = model_name_of(model), sae.cfg.metadata.model_name
+    if name and expected and not same_model_name(name, expected):
         raise ValueError(
             f"override_model is {name!r}, but the SAE is of model_name={expected!r} (its metadata say). Pass that model, or "
             "set force=True to fine-tune on this one all the same."
@@ -138,6 +140,40 @@ def check_not_overwritten(sae: SAE[Any], cfg: E2ESAERunnerConfig) -> None:
             raise ValueError(
                 f"output_path={cfg.output_path!r} holds the SAE that is fine-tuned, which would be lost. Choose another."
             )
+
+
+def without_row_settings(cfg: E2ESAERunnerConfig) -> E2ESAERunnerConfig:
+    """The config for a dataset object, which is read as it is: what the SAE's record says of rows is of another."""
+    cfg = copy.copy(cfg)
+    defaults = {field.name: field.default for field in fields(cfg)}
+    for name in ROW_SETTINGS:
+        if getattr(cfg, name) != defaults[name]:
+            logger.info("override_dataset is read as it is: %s=%r is not used.", name, getattr(cfg, name))
+            setattr(cfg, name, defaults[name])
+    return cfg
+
+
+def warn_of_overlap(sae: SAE[Any], settings: DataSettings | None, rows: tuple[int, int], context_size: int) -> None:
+    """Say by how much the held-out rows are those that the SAE was trained on, or that this is not known.
+
+    Args:
+        sae: The original.
+        settings: The data of the fine-tune; None for a dataset object, of which nothing is known.
+        rows: First and last row that is held out.
+        context_size: Tokens in a sequence.
+    """
+    if settings is None:
+        return
+    records = trained_rows(sae)
+    known = [each for each in records if each.is_of(settings) and each.counts_as(settings, context_size)]
+    share = overlap_share(known, [rows])
+    others = "Before and after may both look better than they are: give other data, or skip_examples (--skip-examples)."
+    if share:
+        logger.warning("The SAE was trained on %.0f%% of the rows that are held out. %s", 100 * share, others)
+    elif unseen_rows({"": sae}, {"": records}, settings, context_size).unknown and not settings.skip_examples:
+        logger.warning(
+            "The SAE was trained on %s too, on rows that its record does not tell. %s", settings.dataset_path, others
+        )
 
 
 @torch.no_grad()

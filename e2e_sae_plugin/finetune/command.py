@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from e2e_sae_plugin.architectures import SPARSITY_COEFFICIENT
-from e2e_sae_plugin.command_line.sae_flags import DATA_FLAGS
+from e2e_sae_plugin.command_line.sae_flags import DATA_FLAGS, TOKEN_FLAGS
 from e2e_sae_plugin.finetune.recipe import finetune_config
 from e2e_sae_plugin.finetune.runner import FinetuneRunner
 from e2e_sae_plugin.finetune.start import load_sae
@@ -31,6 +31,8 @@ def finetune(args: argparse.Namespace) -> None:
     coefficient = SPARSITY_COEFFICIENT.get(sae.cfg.architecture())
     settings = {} if args.sparsity_coefficient is None else {str(coefficient): args.sparsity_coefficient}
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    if args.seqpos_slice is not None:
+        given["seqpos_slice"] = tuple(args.seqpos_slice)
     overrides: dict[str, Any] = {**given, **_set(args.set)}
     cfg = finetune_config(
         sae,
@@ -53,7 +55,7 @@ def finetune(args: argparse.Namespace) -> None:
 # Flags that are fields of `E2ESAERunnerConfig`.
 FIELDS = (
     "output_path", "overwrite_output", "checkpoint_path", "resume_from_checkpoint", "dataset_path", *DATA_FLAGS,
-    "model_name", "model_class_name", "hook_name", "context_size", "lr", "train_batch_size_tokens",
+    "model_name", "model_class_name", "hook_name", *TOKEN_FLAGS, "lr", "train_batch_size_tokens",
     "store_batch_size_prompts", "device", "seed",
 )  # fmt: skip
 

@@ -23,8 +23,9 @@ from e2e_sae_plugin.splice.base import SplicedModel
 CONTEXT_TOKENS = 64
 """A context is a window of so many positions of a sequence."""
 TOP_CONTEXTS = 10
-MIN_CONTEXTS = 5
-"""Features that fire in fewer contexts than this, before and after, cannot be judged by them."""
+MIN_CONTEXTS = 20
+"""Features that fire in fewer contexts than this, before and after, cannot be judged by them: half of ten contexts would be
+a handful of tokens."""
 SAME_DIRECTION = 0.9
 SAME_ACTIVATIONS = 0.9
 SAME_CONTEXTS = 0.5
@@ -59,18 +60,8 @@ class LabelTransfer:
             direction &= self.encoder_cosine >= SAME_DIRECTION
         meaning = (self.correlation >= SAME_ACTIVATIONS) & (self.shared_contexts >= SAME_CONTEXTS)
         most = torch.maximum(self.contexts_before, self.contexts_after)
-        return [
-            "changed"
-            if not same
-            else "silent"
-            if n == 0
-            else "rare"
-            if n < MIN_CONTEXTS
-            else "same"
-            if kept
-            else "changed"
-            for same, n, kept in zip(direction.tolist(), most.tolist(), meaning.tolist(), strict=True)
-        ]
+        values = zip(direction.tolist(), most.tolist(), meaning.tolist(), strict=True)
+        return [_verdict(*each) for each in values]
 
     def counts(self) -> dict[str, int]:
         """Features by verdict."""
@@ -95,6 +86,16 @@ class LabelTransfer:
             writer.writerow(["feature", *columns])
             for index, row in enumerate(zip(*columns.values(), strict=True)):
                 writer.writerow([index, *(f"{value:.4f}" if isinstance(value, float) else value for value in row)])
+
+
+def _verdict(has_same_direction: bool, n_contexts: int, has_same_meaning: bool) -> Verdict:
+    if not has_same_direction:
+        return "changed"
+    if n_contexts == 0:
+        return "silent"
+    if n_contexts < MIN_CONTEXTS:
+        return "rare"
+    return "same" if has_same_meaning else "changed"
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sae_lens.saes.sae import SAEMetadata
 
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.data.rows import RECORD
 
 PLACE = ("model_name", "hook_name", "hook_head_index", "model_class_name")
 HOW = ("train_batch_size_tokens", "context_size", "adapter", "adapter_rank", "keep_decoder_norms", "seed")
@@ -16,7 +17,7 @@ OF_THE_ORIGINAL = (
 )  # fmt: skip
 # What a run of this package says of any SAE that it trains.
 OF_THE_RUN = (
-    "objective", "downstream_hooks", "run_identity", "tokenizer_sha256", "e2e_sae_plugin_version",
+    "objective", "downstream_hooks", "run_identity", "tokenizer_sha256", "e2e_sae_plugin_version", RECORD,
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ thresholds, the context and the special tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
 from sae_lens import SAE
@@ -18,6 +18,8 @@ from e2e_sae_plugin.architectures import AUXILIARY_FOR_DEAD_FEATURES, RUN_TIME_N
 from e2e_sae_plugin.config import E2ESAERunnerConfig
 from e2e_sae_plugin.config_reading import read_numbers, require_known_keys
 from e2e_sae_plugin.config_values import plain
+from e2e_sae_plugin.data import DataSettings
+from e2e_sae_plugin.data.rows import ROW_ORDER, trained_rows
 from e2e_sae_plugin.finetune.checks import check_same_place
 from e2e_sae_plugin.finetune.start import training_config
 from e2e_sae_plugin.objective import Objective
@@ -29,6 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 CONTEXT_SIZE = 1024  # where the metadata do not say
 STEP_PROMPTS = 8
 EVALUATION_TOKENS = 131_072
+ROOM = 1.1  # rows differ in length
 N_EVALUATIONS = 20
 PATIENCE = 5  # a quarter of the run: Adam's first steps cost more than they gain, and the last, small ones gain most
 # The published rate for whole weights; an adapter's numbers have to move further (docs/guides/finetuning.md).
@@ -101,12 +104,14 @@ def finetune_config(
         "max_grad_norm": 1.0,
         **_trained(sae, trained, train_thresholds, lora_rank),
     }
-    # The metadata's False is SAELens's default; the recipe leaves special tokens clean, as those who use the SAE do.
-    settings["exclude_special_tokens"] = sae.cfg.metadata.exclude_special_tokens or True
+    # As in evaluation: an SAE whose record says nothing leaves them clean, as those who use it do.
+    recorded = sae.cfg.metadata.exclude_special_tokens
+    settings["exclude_special_tokens"] = True if recorded is None else recorded
     if "W_dec" in overrides.get("frozen_parameters", ()):
         settings["keep_decoder_norms"] = False
     settings = {**settings, **overrides}
     settings |= _lengths(settings, evaluation_tokens)
+    settings |= _rows(sae, settings, training_tokens + evaluation_tokens)
     # SAELens tells about its buffer while it makes a verbose config, which means nothing here.
     cfg = E2ESAERunnerConfig(**{**settings, "verbose": False})
     cfg.verbose = settings.get("verbose", True)
@@ -144,6 +149,26 @@ def _place(sae: SAE[Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
             "The SAE's metadata name no dataset: give dataset_path=..., text or tokens of the Hub or a folder."
         )
     return settings
+
+
+def _rows(sae: SAE[Any], settings: Mapping[str, Any], n_tokens: int) -> dict[str, Any]:
+    """The order of the rows that the SAE's record is of, and the first row after those that it was trained on, if there
+    are so many tokens after it."""
+    names = {field.name for field in fields(DataSettings)}
+    data = DataSettings(**{name: value for name, value in settings.items() if name in names})
+    records = [each for each in trained_rows(sae) if each.is_of(data)]
+    if not records:
+        return {}
+    order = {name: getattr(records[-1], name) for name in ROW_ORDER if name not in settings}
+    data = replace(data, **order)
+    known = [each for each in records if each.counts_as(data, settings["context_size"])]
+    if "skip_examples" in settings or len(known) < len(records) or any(each.epochs > 1 for each in known):
+        return order
+    first = max(each.last_row for each in known) + 1
+    tokens_per_row = min(each.training_tokens / (each.last_row - each.first_row + 1) for each in known)
+    n_rows = min((each.n_rows for each in known if each.n_rows is not None), default=None)
+    has_enough = n_rows is None or (n_rows - first) * tokens_per_row >= ROOM * n_tokens
+    return {**order, "skip_examples": first} if has_enough else order
 
 
 def _model_kwargs(settings: dict[str, Any], overrides: Mapping[str, Any], dtype: str | None) -> dict[str, Any] | None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from e2e_sae_plugin.evaluation import SpliceMetrics
+from e2e_sae_plugin.evaluation.estimate import rarest_seen
 from e2e_sae_plugin.evaluation.sums import bootstrap_weights, interval
-from e2e_sae_plugin.finetune.labels import LabelTransfer
+from e2e_sae_plugin.evaluation.tokens import MeasuredTokens
+from e2e_sae_plugin.finetune.labels import MIN_CONTEXTS, LabelTransfer
 from e2e_sae_plugin.finetune.movement import Movement
 
 # name in `SequenceSums.means` -> (what the table calls it, format)
@@ -31,6 +33,8 @@ class FinetuneReport:
     labels: LabelTransfer
     training_tokens: int
     d_sae: int
+    measured_on: MeasuredTokens | None = None
+    """The held-out tokens; compare it with an `Evaluation`'s before comparing numbers."""
 
     def estimates(self) -> dict[str, dict[str, dict[str, float]]]:
         """Row -> "before", "after" and "change" -> value, and the 95 % interval of a bootstrap over sequences, paired
@@ -79,6 +83,7 @@ class FinetuneReport:
             "training_tokens": self.training_tokens,
             "evaluation_tokens": self.before.n_tokens,
             "evaluation_sequences": self.before.sums.n_sequences,
+            "measured_on": None if self.measured_on is None else self.measured_on.to_dict(),
             "ce_loss_without_sae": self.before.ce_loss_without_sae,
             "estimates": self.estimates(),
             "dead_features": {"before": self.d_sae - self.before.n_alive, "after": self.d_sae - self.after.n_alive},
@@ -122,10 +127,12 @@ class FinetuneReport:
     _repr_markdown_ = to_markdown  # what a notebook shows
 
     def _below(self) -> list[str]:
+        of = f" ({self.measured_on})" if self.measured_on is not None and str(self.measured_on) else ""
         lines = [
-            f"On {self.before.n_tokens:,} held-out tokens in {self.before.sums.n_sequences:,} sequences (clean CE "
-            f"{self.before.ce_loss_without_sae:.4f}), after {self.training_tokens:,} training tokens; in brackets, 95 % "
-            "intervals of a bootstrap over sequences."
+            f"On {self.before.n_tokens:,} held-out tokens in {self.before.sums.n_sequences:,} sequences{of}, clean CE "
+            f"{self.before.ce_loss_without_sae:.4f}, after {self.training_tokens:,} training tokens; in brackets, 95 % "
+            "intervals of a bootstrap over sequences. A feature that does not fire on them fires on fewer than 1 in "
+            f"{1 / rarest_seen(self.before.n_tokens):,.0f} tokens (95 %)."
         ]
         for name, cosines in self.movement.summary().items():
             values = ", ".join(f"{label} {value:.4f}" for label, value in cosines.items())
@@ -133,8 +140,8 @@ class FinetuneReport:
         counts = self.labels.counts()
         lines.append(
             f"Features: {counts['same']:,} mean the same (their explanations can be reused), {counts['changed']:,} have "
-            f"changed, {counts['rare']:,} fire too rarely on these tokens to tell and {counts['silent']:,} not at all, but "
-            "both point the same way."
+            f"changed, {counts['rare']:,} fire in fewer than {MIN_CONTEXTS} contexts of these tokens, too few to tell, and "
+            f"{counts['silent']:,} not at all, but both point the same way."
         )
         return [*lines, *(f"Warning: {text}" for text in self.warnings())]
 

@@ -17,14 +17,18 @@ from torch import Tensor
 
 from e2e_sae_plugin.checkpoint.folder import whole_files, write_whole
 from e2e_sae_plugin.config import E2ESAERunnerConfig
+from e2e_sae_plugin.data.settings import text_name
 from e2e_sae_plugin.evaluation import SpliceMetrics, encode_with, measure, reconstruct_with
-from e2e_sae_plugin.evaluation.place import check_centred, flatten_heads
+from e2e_sae_plugin.evaluation.place import Place, check_centred, flatten_heads
+from e2e_sae_plugin.evaluation.tokens import MeasuredTokens
 from e2e_sae_plugin.finetune.checks import (
     check_given_model,
     check_l1_coefficient,
     check_not_overwritten,
     check_same_sae,
     check_tokenizer,
+    warn_of_overlap,
+    without_row_settings,
 )
 from e2e_sae_plugin.finetune.gauge import balancing_factor, unfold_scale
 from e2e_sae_plugin.finetune.labels import label_transfer
@@ -83,6 +87,8 @@ class FinetuneRunner(E2ESAETrainingRunner):
         if override_model is not None and not force:
             check_given_model(sae, override_model)
         check_same_sae(sae, cfg)
+        if override_dataset is not None:
+            cfg = without_row_settings(cfg)
         check_not_overwritten(sae, cfg)
         if cfg.n_eval_batches == 0:
             raise ValueError(
@@ -105,6 +111,8 @@ class FinetuneRunner(E2ESAETrainingRunner):
             check_tokenizer(sae, getattr(self.model, "tokenizer", None))
             check_centred(sae, self.spliced_model, self.spliced_model.check(min(8, cfg.context_size)))
         assert self.evaluation_tokens is not None
+        if override_evaluation_tokens is None:
+            warn_of_overlap(sae, self.data.settings, self._held_out_rows, cfg.context_size)
         self.report_tokens = self.evaluation_tokens
         self.evaluation_tokens = self.report_tokens[: max(1, len(self.report_tokens) // PROGRESS_SHARE)]
         self.report: FinetuneReport | None = None
@@ -159,6 +167,37 @@ class FinetuneRunner(E2ESAETrainingRunner):
         clean = self.spliced_model.clean_pass(self.report_tokens[:1], hidden=False, downstream=False)
         return tuple(clean.activation.shape[2:])
 
+    @property
+    def _held_out_rows(self) -> tuple[int, int]:
+        """First and last row of the dataset that held-out sequences are of."""
+        first = self.cfg.skip_examples
+        return first, first + self.tokens.n_held_out_rows - 1
+
+    def _measured_on(self, held_out_are_given: bool) -> MeasuredTokens:
+        """The tokens of before and after."""
+        excluded = self.activations_store.exclude_special_tokens
+        place = Place(
+            self.cfg.hook_name,
+            self.cfg.hook_head_index,
+            tuple(self.cfg.seqpos_slice),
+            () if excluded is None else tuple(sorted(excluded.tolist())),
+        )
+        n_sequences, context_size = self.report_tokens.shape
+        source = MeasuredTokens(n_sequences, context_size)
+        settings = self.data.settings
+        if settings is not None and not held_out_are_given:
+            source = MeasuredTokens(
+                n_sequences,
+                context_size,
+                dataset=text_name(settings.dataset_path),
+                split=settings.split,
+                text_column=settings.text_column,
+                shuffle_seed=settings.shuffle_seed,
+                rows=(self._held_out_rows,),
+                prepend_bos=None if self.activations_store.is_dataset_tokenized else self.cfg.prepend_bos,
+            )
+        return source.of(self.report_tokens, place)
+
     def _places(self) -> dict[str, Any]:
         return {
             "batch_size_prompts": self.cfg.eval_batch_size_prompts or self.cfg.store_batch_size_prompts,
@@ -179,6 +218,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
             labels=labels,
             training_tokens=finished.cfg.metadata.finetuning["training_tokens"],
             d_sae=self.original.cfg.d_sae,
+            measured_on=self._measured_on(self.tokens.held_out is None),
         )
 
     def _write_report(self, report: FinetuneReport, output: Path) -> None:

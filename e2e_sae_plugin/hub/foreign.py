@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens import __version__ as sae_lens_version
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import (
     get_sae_lens_config_from_disk,
     load_safetensors_weights,
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from e2e_sae_plugin.checkpoint.finished import exported, is_checkpoint, sae_of_checkpoint
+from e2e_sae_plugin.data.rows import RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,12 @@ def read_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
 
 
 def _sae_lens(path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None) -> Components:
-    weights = Path(path) / SAE_WEIGHTS_FILENAME
+    weights, run = Path(path) / SAE_WEIGHTS_FILENAME, Path(path) / RUNNER_CFG_FILENAME
     cfg = with_dtype(get_sae_lens_config_from_disk(path, device, cfg_overrides), weights)
-    return read_sae_components_from_disk(cfg, weights, device)
+    cfg, state = read_sae_components_from_disk(cfg, weights, device)
+    if run.is_file() and RECORD not in cfg.get("metadata", {RECORD: None}):  # SAELens's metadata do not say it
+        cfg["metadata"]["training_tokens"] = _read_json(run).get("training_tokens")
+    return cfg, state
 
 
 def with_dtype(cfg: dict[str, Any], weights: Path) -> dict[str, Any]:

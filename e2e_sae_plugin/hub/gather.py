@@ -176,9 +176,9 @@ def _gathered(sae_id: str, source: Source, folder: Path, evaluation: Evaluation 
     given = _copy(source, folder)
     metadata = check_sae_folder(folder)
     for name in ("model_name", "dataset_path"):
-        if isinstance(metadata.get(name), str) and Path(metadata[name]).is_dir():
+        if isinstance(metadata.get(name), str) and Path(metadata[name]).exists():
             logger.warning(
-                "%s: its metadata say %s=%r, a folder of this machine, where nobody else finds it. Set sae.cfg.metadata.%s "
+                "%s: its metadata say %s=%r, a place on this machine, where no one else finds it. Set sae.cfg.metadata.%s "
                 "to what it is called on the Hub.",
                 sae_id, name, metadata[name], name,
             )  # fmt: skip

@@ -147,6 +147,7 @@ def complete_metadata(metadata: SAEMetadata, row: PublishedSAE) -> None:
     metadata.model_from_pretrained_kwargs = dict(MODEL_SETTINGS)
     objective = paper_config(row.layer, row.kind, row.matched).objective  # pyright: ignore[reportArgumentType]
     said = {"kind": row.kind, "sparsity": row.sparsity_coefficient, "objective": objective.to_dict()}
+    said["exclude_special_tokens"] = False  # the paper trained and measured on every token
     for name, value in said.items():
         if metadata[name] is None:
             metadata[name] = value

@@ -126,7 +126,9 @@ class JointRun(SweepRunner):
         excluded = some.activations_store.exclude_special_tokens
         ours = (tuple(some.cfg.seqpos_slice), () if excluded is None else tuple(sorted(excluded.tolist())))
         for name, sae in self.frozen_saes.items():
-            place = place_of(sae, some.model)
+            has_record = sae.cfg.metadata.exclude_special_tokens is not None
+            special = None if has_record else some.cfg.exclude_special_tokens
+            place = place_of(sae, some.model, exclude_special_tokens=special)
             _check_same_tokens(name, place, ours)
             spliced = splice_into(some.model, place.hook_name, needs_downstream=False)
             check_width(spliced, sae, f"frozen.{name}", place.head_index)

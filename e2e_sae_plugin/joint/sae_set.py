@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from e2e_sae_plugin.checkpoint.folder import write_whole
-from e2e_sae_plugin.evaluation.place import Place, check_width, place_of, reads_all_heads
+from e2e_sae_plugin.evaluation.place import Place, check_width, places_of, reads_all_heads
 from e2e_sae_plugin.finetune.start import load_quietly
 from e2e_sae_plugin.hub.load import load_pretrained, pretrained_ids
 from e2e_sae_plugin.joint.evaluate import JointEvaluation, measure_joint
@@ -90,18 +90,21 @@ class SAESet(Mapping[str, SAE[Any]]):
             model.add_sae(sae, use_error_term=use_error_term, **_left_out(name, sae, model))
         return model
 
-    def evaluate(self, model: Any, tokens: Tensor, batch_size_prompts: int = 8) -> JointEvaluation:
+    def evaluate(
+        self, model: Any, tokens: Tensor, batch_size_prompts: int = 8, **tokens_measured: Any
+    ) -> JointEvaluation:
         """What the SAEs cost `model` as they are added one after the other, and each alone.
 
         Args:
             model: as in `splice_into`: a `HookedTransformer`, a `TransformerBridge` or a `HookedProxyLM`.
             tokens: token ids `[n_prompts, pos]`.
             batch_size_prompts: sequences that go through the model at once.
+            **tokens_measured: `exclude_special_tokens` and `seqpos_slice`, as in `evaluate_many`.
 
         Raises:
             ValueError: an SAE does not fit the model, two sit at one place, or they leave out different tokens.
         """
-        splice, frozen, place = parts_of(self.saes, model)
+        splice, frozen, place = parts_of(self.saes, model, **tokens_measured)
         return measure_joint(
             splice,
             frozen,
@@ -156,15 +159,17 @@ def _left_out(name: str, sae: SAE[Any], model: Any) -> dict[str, Any]:
     return said
 
 
-def parts_of(saes: Mapping[str, SAE[Any]], model: Any) -> tuple[JointSplice, dict[str, FrozenSAE], Place]:
+def parts_of(
+    saes: Mapping[str, SAE[Any]], model: Any, **tokens_measured: Any
+) -> tuple[JointSplice, dict[str, FrozenSAE], Place]:
     """Finished SAEs as the parts of a joint pass, and what they have in common: positions and tokens left out.
 
     Raises:
         ValueError: as `SAESet.evaluate`.
     """
-    places = {name: place_of(sae, model) for name, sae in saes.items()}
-    if not places:
+    if not saes:
         raise ValueError("There is no SAE in the set.")
+    places = places_of(saes, model, **tokens_measured)
     first_name, first = next(iter(places.items()))
     spliced: dict[str, JointPlace] = {}
     frozen: dict[str, FrozenSAE] = {}
@@ -172,7 +177,8 @@ def parts_of(saes: Mapping[str, SAE[Any]], model: Any) -> tuple[JointSplice, dic
         if (place.seqpos_slice, place.excluded) != (first.seqpos_slice, first.excluded):
             raise ValueError(
                 f"The SAEs {first_name!r} and {name!r} leave out different tokens (seqpos_slice {first.seqpos_slice} and "
-                f"{place.seqpos_slice}, excluded {first.excluded} and {place.excluded}), so they cannot be in one pass."
+                f"{place.seqpos_slice}, excluded {first.excluded} and {place.excluded}), so they cannot be in one pass. "
+                "Give exclude_special_tokens and seqpos_slice for all of them (--exclude-special-tokens, --seqpos-slice)."
             )
         one = splice_into(model, place.hook_name, needs_downstream=False)
         check_width(one, saes[name], f"The SAE {name!r}", place.head_index)

@@ -30,7 +30,7 @@ def card_view(card: FeatureCard) -> dict[str, Any]:
     return {
         "feature": card.feature,
         "facts": [
-            ("density", share_text(card.density)),
+            ("density", density_text(card)),
             ("importance (nats)", importance_text(card)),
             ("max activation", number_text(card.max_activation)),
         ],
@@ -56,7 +56,7 @@ def cards_table(group: CardGroup) -> Table:
             peak = token_text(first.tokens[first.peak]) if first.peak < len(first.tokens) else ""
             context = "".join(map(token_text, before)) + f"⟦{peak}⟧" + "".join(map(token_text, after))
         raised = " ".join(token_text(token, spaces=True) for token, _ in card.top_logits[:5])
-        rows.append((str(card.feature), share_text(card.density), importance_text(card), context, raised))
+        rows.append((str(card.feature), density_text(card), importance_text(card), context, raised))
     columns = ("feature", "density", "importance (nats)", "highest activation", "raises")
     return Table("cards", group.title, "", columns, tuple(rows))
 
@@ -64,6 +64,14 @@ def cards_table(group: CardGroup) -> Table:
 def share_text(share: float) -> str:
     """A share of the tokens in per cent."""
     return f"{100 * share:.3g}%" if is_finite(share) else number_text(None)
+
+
+def density_text(card: FeatureCard) -> str:
+    """The share of the tokens that it fires on, with its interval."""
+    if card.density_interval is None:
+        return share_text(card.density)
+    low, high = map(share_text, card.density_interval)
+    return f"{share_text(card.density)} [{low}, {high}]"
 
 
 def importance_text(card: FeatureCard) -> str:

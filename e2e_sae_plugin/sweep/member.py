@@ -18,6 +18,7 @@ from e2e_sae_plugin.interruption import StopRequest
 from e2e_sae_plugin.runner import E2ESAETrainingRunner
 from e2e_sae_plugin.sweep.config import SweepMember
 from e2e_sae_plugin.sweep.stream import Reader
+from e2e_sae_plugin.token_stream import TokenStream
 from e2e_sae_plugin.trainer import E2ESAETrainer, Stopped
 
 FAILURE_FILENAME = "failed.json"
@@ -87,6 +88,12 @@ class MemberRunner(E2ESAETrainingRunner):
         trainer.data_provider = self.reader
         return trainer
 
+    @property
+    def _stream(self) -> TokenStream:
+        """The one that all read from."""
+        assert self.reader is not None
+        return self.reader.batches.source
+
     def attempt(self, action: Callable[[E2ESAETrainer], object]) -> Exception | None:
         """Do something with the trainer; what it raises is this SAE's failure alone, kept beside where it would lie."""
         assert self.trainer is not None
@@ -108,6 +115,7 @@ class MemberRunner(E2ESAETrainingRunner):
     def finish(self, trainer: E2ESAETrainer) -> None:
         """End the run and save its SAE."""
         trainer.end()
+        self._record_rows(self.sae.cfg.metadata, trainer.n_training_samples)
         self._save_or_keep_resumable(trainer, str(self.output))
         self.status = "finished"
         self.trainer = None

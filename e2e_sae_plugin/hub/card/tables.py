@@ -151,6 +151,7 @@ def evaluation(entries: Sequence[CardEntry], figure: str | None) -> str:
             "Not all of these were measured on the same text, as the clean model's CE loss tells: numbers are comparable "
             "only where it is the same.\n"
         )
+        parts += _token_differences(measured)
     if figure is not None and parts:
         parts.append(f"![CE loss increase against L0]({quote(figure, safe='/')})\n")
         parts.append("Each point is an SAE; left and down is better. Bars, where there are any, are 95 % intervals.\n")
@@ -163,7 +164,20 @@ def _measured_on(entry: CardEntry) -> str:
     if found is None:
         return ""
     of = f" of {markdown(found.text)}" if found.text else ""
-    return f"{found.n_tokens:,} tokens in {found.n_sequences:,} sequences{of}"
+    left_out = ", special tokens left out" if found.measured_on is not None and found.measured_on.excluded else ""
+    return f"{found.n_tokens:,} tokens in {found.n_sequences:,} sequences{of}{left_out}"
+
+
+def _token_differences(measured: Sequence[CardEntry]) -> list[str]:
+    """In which settings evaluations differ from the first one's, and the flags that make them equal."""
+    lines: list[str] = []
+    for each in measured[1:]:
+        first, other = measured[0].evaluation, each.evaluation
+        if first is not None and other is not None and (found := first.differences(other)):
+            lines.append(
+                f"* {markdown(measured[0].sae_id)} and {markdown(each.sae_id)}: {markdown('; '.join(found))}\n"
+            )
+    return lines
 
 
 def _clean_text(entry: CardEntry) -> str | None:
