@@ -64,7 +64,7 @@ def train(kind: str, architecture: str, lr: float, tokens: int, seed: int, subje
     if kind == "SAELens":
         LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(**settings), **given).run()
     else:
-        objective = {} if kind == "default" else {"objective": Objective.e2e()}
+        objective: dict[str, Any] = {} if kind == "default" else {"objective": Objective.e2e()}
         E2ESAETrainingRunner(E2ESAERunnerConfig(**settings, **objective, overwrite_output=True), **given).run()
     return time.process_time() - began
 

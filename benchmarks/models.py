@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from sae_lens.load_model import load_model
 from torch import Tensor
@@ -44,12 +46,11 @@ def _demo(context_size: int, n_tokens: int) -> Subject:  # noqa: ARG001 (its dat
 
 def _smollm2(context_size: int, n_tokens: int) -> Subject:
     folder = unpack_smollm2(Path("output/smollm2-135m"))
-    model = load_model("AutoModelForCausalLM", str(folder), device="cpu", hook_names=["model.layers.14"])
+    model: Any = load_model("AutoModelForCausalLM", str(folder), device="cpu", hook_names=["model.layers.14"])
     dataset = token_dataset(model.tokenizer, context_size, 2 * n_tokens // context_size)
-    ids = [
-        i for text in stdlib_texts("evaluation") for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    ]
-    held_out = Tensor(ids[: N_HELD_OUT * context_size]).long().view(N_HELD_OUT, context_size)
+    texts = model.tokenizer(list(stdlib_texts("evaluation")), add_special_tokens=False)
+    ids = list(itertools.chain.from_iterable(texts["input_ids"]))
+    held_out = torch.tensor(ids[: N_HELD_OUT * context_size]).view(N_HELD_OUT, context_size)
     return Subject(str(folder), "AutoModelForCausalLM", model, "model.layers.14", 576, dataset, held_out)
 
 
