@@ -85,8 +85,8 @@ def _is_of_kind(value: Any, wanted: Any) -> bool:
 def _is_number(value: numbers.Real, kind: type) -> bool:
     try:
         number = float(value)
-    except OverflowError:
-        return kind is int
+    except OverflowError:  # beyond 1e308, where arithmetic with other settings would fail
+        return False
     return kind is float or number.is_integer()
 
 

@@ -66,8 +66,8 @@ class Objective:
 
     kl_top_k: int | None = None
     """None for the exact KL. A number, 2 or more, for an approximation: the KL of both distributions renormalised over that
-    many of the clean model's likeliest tokens, which is also what `kl_loss` then logs. It takes a linear unembedding
-    without soft cap. Metrics on held-out tokens are exact."""
+    many of the clean model's likeliest tokens, which is also what `kl_loss` then logs. It takes a linear unembedding, with
+    or without scale and soft cap. Metrics on held-out tokens are exact."""
 
     def __post_init__(self) -> None:
         read_fields(self, "Objective.")

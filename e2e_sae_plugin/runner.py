@@ -130,6 +130,7 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         check_same("whether output_path holds the finished run", self.is_finished, self.ranks, where)
         check_same("the model's or the given SAE's weights", self.identity, self.ranks, where)
 
+    @explained_cache_errors()
     def _load(
         self,
         cfg: E2ESAERunnerConfig,
@@ -169,7 +170,6 @@ class E2ESAETrainingRunner(LanguageModelSAETrainingRunner):
         self.data = loaded_data(DataSettings.of(cfg), override_dataset, cfg.context_size)
         own_model = load_model_for(cfg) if override_model is None else None
         with (
-            explained_cache_errors(),
             reading_dataset(self.data.dataset, self.data.name),
             quiet_override_warning(bool(by_name), by_name),
         ):

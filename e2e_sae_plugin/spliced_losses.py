@@ -121,8 +121,9 @@ def check_kl_top_k(model: SplicedModel, top_k: int) -> LinearHead:
     """
     if not isinstance(model.unembed, LinearHead):
         raise ValueError(
-            f"objective.kl_top_k={top_k} needs logits that are linear in the final hidden state, which this model's are not "
-            "(a soft cap, a scale or quantised weights). Leave it at None; objective.kl_positions works with every model."
+            f"objective.kl_top_k={top_k} needs logits that are products of the final hidden state, scaled or soft-capped at "
+            "most, which this model's are not (quantized weights, a hook on its head). Leave it at None; "
+            "objective.kl_positions works with every model."
         )
     if top_k > model.vocabulary:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import logging
@@ -195,6 +196,7 @@ def test_memory_mapped_tokens_as_sparsify_reads_them(several: bool, model: Any):
     assert {tuple(row) for row in shuffled["tokens"]} <= {tuple(row) for row in tokens.tolist()}
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of datasets, which lets a CSV file go
 def test_a_text_column_of_another_name(model: Any):
     Path("a.jsonl").write_text(rows(TEXTS, "body"))
     assert torch.equal(batches(model, "a.jsonl"), batches(model, write_text("b.jsonl")))
@@ -202,6 +204,7 @@ def test_a_text_column_of_another_name(model: Any):
     with pytest.raises(ValueError, match=r"several columns that could be read: 'title' \(text\), 'body' \(text\)"):
         batches(model, "c.csv")
     assert torch.equal(batches(model, "c.csv", text_column="body"), batches(model, "b.jsonl"))
+    gc.collect()
 
 
 def test_rows_are_shuffled_left_out_and_limited_in_that_order():

@@ -122,8 +122,9 @@ def test_a_patience_without_effect_is_refused(settings: dict[str, Any], message:
 def test_topk_with_layer_norm_trains_without_its_auxiliary_loss():
     objective = Objective.finetune(auxiliary=0.0)
     config = runner_config(
-        "topk", sae={"normalize_activations": "layer_norm"}, objective=objective, dead_feature_window=1
-    )
+        "topk", sae={"normalize_activations": "layer_norm"}, objective=objective, dead_feature_window=1,
+        local_first=0.0,
+    )  # fmt: skip
     runner = E2ESAETrainingRunner(config, override_dataset=token_dataset(), override_model=tiny_hooked_transformer())
     assert torch.isfinite(runner.run().W_dec).all()
     with pytest.raises(ValueError, match="layer_norm"):

@@ -214,32 +214,34 @@ def test_chunks_are_whole_multiples_of_64_tokens_where_that_many_fit(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("settings", "linear"),
+    ("settings", "soft_cap"),
     [
-        ({}, True),
-        ({"normalization_type": None}, True),
-        ({"output_logits_soft_cap": 2.0}, False),
-        ({"output_logits_soft_cap": 1e2}, False),  # far above the untrained model's logits: still found
+        ({}, None),
+        ({"normalization_type": None}, None),
+        ({"output_logits_soft_cap": 2.0}, 2.0),
+        ({"output_logits_soft_cap": 1e2}, 1e2),  # far above the untrained model's logits: still found
     ],
 )
-def test_the_linear_head_is_used_where_it_gives_the_models_logits(settings: dict[str, Any], linear: bool):
+def test_the_linear_head_is_used_where_it_gives_the_models_logits(settings: dict[str, Any], soft_cap: float | None):
     transformer = tiny_hooked_transformer(**settings)
     model = splice_into(transformer, "blocks.1.hook_resid_pre")
     model.check()
-    assert isinstance(model.unembed, LinearHead) == linear
+    assert isinstance(model.unembed, LinearHead)
+    assert model.unembed.soft_cap == soft_cap
     hidden = torch.randn(5, transformer.cfg.d_model, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.unembed(hidden), model.logits(hidden))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox", "bridge"])
-def test_hugging_face_heads_and_bridges_have_a_linear_head_unless_their_logits_are_capped(family: str):
+def test_hugging_face_heads_and_bridges_have_a_linear_head(family: str):
     models: dict[str, Any] = {"gpt2": tiny_gpt2_model, "llama": tiny_llama_model, "gemma2": tiny_gemma2_model}
     models["neox"] = tiny_neox_model
     model = tiny_bridge() if family == "bridge" else proxy(models[family]())
     hook = {"bridge": "blocks.1.hook_resid_pre", "gpt2": "transformer.h.1", "neox": "gpt_neox.layers.1"}
     spliced = splice_into(model, hook.get(family, "model.layers.1"), needs_downstream=False)
     spliced.check()
-    assert isinstance(spliced.unembed, LinearHead) == (family != "gemma2")
+    assert isinstance(spliced.unembed, LinearHead)
+    assert (spliced.unembed.soft_cap is not None) == (family == "gemma2")
 
 
 def test_a_head_on_whose_logits_the_model_computes_further_is_left_to_the_model():

@@ -273,7 +273,7 @@ def test_the_whole_vocabulary_is_the_exact_step():
 
 
 def test_a_balanced_kl_weighs_as_much_as_the_squared_error_of_all_positions():
-    config = runner_config("topk", objective=Objective.finetune(kl_positions=0.5, kl_top_k=8))
+    config = runner_config("topk", objective=Objective.finetune(kl_positions=0.5, kl_top_k=8), local_first=0.0)
     trainer = build_trainer(config, shared_model("hooked_transformer"))
     losses = {name: torch.as_tensor(value) for name, value in trainer.step(token_batch(4)).losses.items()}
     assert trainer.kl_scale is not None
@@ -347,15 +347,20 @@ def test_the_card_states_them():
     assert "Approximated in training: KL over the clean model's 64 likeliest tokens" in texts[1]
 
 
-def test_a_soft_capped_head_is_refused_before_training_but_for_the_positions():
-    def runner(objective: Objective) -> E2ESAETrainingRunner:
+def test_a_head_that_is_no_product_is_refused_before_training_but_for_the_positions():
+    def runner(objective: Objective, bends_its_logits: bool) -> E2ESAETrainingRunner:
         config = runner_config(objective=objective, model_class_name="AutoModelForCausalLM", hook_name="model.layers.0")
-        model = proxy(tiny_gemma2_model())
-        return E2ESAETrainingRunner(config, override_dataset=token_dataset(), override_model=model)
+        transformer = tiny_gemma2_model()
+        if bends_its_logits:
+            transformer.lm_head.register_forward_hook(lambda _, __, output: 2 * output.sin())
+        return E2ESAETrainingRunner(config, override_dataset=token_dataset(), override_model=proxy(transformer))
 
-    with pytest.raises(ValueError, match=r"objective.kl_top_k=8 needs logits that are linear .* this model's are not"):
-        runner(Objective(kl_top_k=8)).run()
-    runner(Objective(kl_positions=0.5)).run()
+    with pytest.raises(
+        ValueError, match=r"objective.kl_top_k=8 needs logits that are products .* this model's are not"
+    ):
+        runner(Objective(kl_top_k=8), bends_its_logits=True).run()
+    runner(Objective(kl_positions=0.5), bends_its_logits=True).run()
+    runner(Objective(kl_top_k=8), bends_its_logits=False).run()  # a soft cap is no hindrance
 
 
 def test_more_tokens_than_the_vocabulary_are_refused():

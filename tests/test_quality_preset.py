@@ -22,7 +22,7 @@ def test_the_recipe_is_the_one_that_was_measured():
         d_in=128, d_sae=1024, k=40, normalize_activations="expected_average_only_in"
     )
     assert cfg.objective == Objective.finetune()
-    assert (cfg.local_first, cfg.b_dec_init_method) == (0.9, "mean")
+    assert (cfg.local_first, cfg.b_dec_init_method) == (0.9, "auto")
     assert (cfg.train_batch_size_tokens, cfg.store_batch_size_prompts, cfg.context_size) == (512, 4, 128)
     assert (cfg.lr, cfg.lr_end, cfg.lr_scheduler_name) == (1e-2, 1e-4, "cosineannealing")
     assert cfg.total_training_steps == 200

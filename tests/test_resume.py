@@ -302,9 +302,9 @@ def test_a_config_that_differs_in_what_matters_is_refused_with_the_differences(t
 
 
 def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(tmp_path: Path):
-    config = runner_config(local_first=0.0, objective=Objective(matryoshka_levels="all"))
+    config = runner_config(keep_decoder_norms=False, objective=Objective(matryoshka_levels="all"))
     saved = config.to_dict()
-    del saved["local_first"], saved["objective"]["matryoshka_levels"], saved["sae"]["lp_norm"]
+    del saved["keep_decoder_norms"], saved["objective"]["matryoshka_levels"], saved["sae"]["lp_norm"]
     assert config_differences(saved, config) == []
     assert config_differences({**saved, "later_field": 3}, config) == ["later_field: 3 -> '(absent)'"]
     changed = runner_config(max_grad_norm=2.0)

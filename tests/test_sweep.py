@@ -52,6 +52,7 @@ def settings(folder: Path, kinds: dict[str, Any] | None = None, **base: Any) -> 
             "checkpoint_every_minutes": None,
             "logger": {"log_to_wandb": False, "wandb_log_frequency": 1, "eval_every_n_wandb_logs": 3},
             "verbose": False,
+            "b_dec_init_method": "zeros",
             **base,
             "sae": {"architecture": "standard", "d_in": D_MODEL, "d_sae": 32, **base.get("sae", {})},
         },

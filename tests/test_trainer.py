@@ -242,7 +242,9 @@ def mixed(architecture: str) -> Objective:
 @pytest.mark.parametrize("architecture", BUILT_IN_ARCHITECTURES)
 def test_a_finetuning_step_equals_naive_code_for_every_architecture(architecture: str):
     """In micro-batches, whose KLs differ: alpha is the whole step's."""
-    config = runner_config(architecture, objective=Objective.finetune(), max_grad_norm=None, store_batch_size_prompts=2)
+    config = runner_config(
+        architecture, objective=Objective.finetune(), local_first=0.0, max_grad_norm=None, store_batch_size_prompts=2
+    )
     model = tiny_hooked_transformer()
     trainer = build_trainer(config, model)
     mark_dead(trainer)
@@ -252,7 +254,7 @@ def test_a_finetuning_step_equals_naive_code_for_every_architecture(architecture
 
 
 def test_the_balanced_kl_weighs_as_much_as_the_squared_error():
-    trainer = build_trainer(runner_config(objective=Objective.finetune()))
+    trainer = build_trainer(runner_config(objective=Objective.finetune(), local_first=0.0))
     output = trainer.step(token_batch(4, seed=3))
     mse, kl = output.losses["mse_loss"], output.losses["kl_loss"]
     assert trainer.kl_scale is not None
@@ -263,7 +265,9 @@ def test_the_balanced_kl_weighs_as_much_as_the_squared_error():
 
 def test_a_balanced_kl_that_vanishes_is_no_division_by_zero():
     """A perfect reconstruction: the identity through twice as many features as dimensions."""
-    config = runner_config(objective=Objective.finetune(), sae={"l1_coefficient": 0.0}, max_grad_norm=None)
+    config = runner_config(
+        objective=Objective.finetune(), local_first=0.0, sae={"l1_coefficient": 0.0}, max_grad_norm=None
+    )
     trainer = build_trainer(config)
     eye = torch.eye(16)
     trainer.sae.load_state_dict(
@@ -767,12 +771,12 @@ def test_autocast_of_the_model_changes_the_numbers_by_bf16_rounding_only():
 
 def test_a_gated_sae_in_bfloat16_is_refused_because_the_host_cannot_train_it():
     with pytest.raises(ValueError, match=r"sae\.dtype='bfloat16' cannot be trained with architecture 'gated'"):
-        runner_config("gated", {"dtype": "bfloat16"}, dtype="bfloat16")
+        runner_config("gated", {"dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize("architecture", [name for name in BUILT_IN_ARCHITECTURES if name != "gated"])
 def test_an_sae_in_bfloat16_trains(architecture: str):
-    config = runner_config(architecture, {"dtype": "bfloat16"}, dtype="bfloat16", objective=Objective(beta=0.01))
+    config = runner_config(architecture, {"dtype": "bfloat16"}, objective=Objective(beta=0.01))
     trainer = build_trainer(config)
     before = parameters_of(trainer.sae)
     output = trainer.step(token_batch(4))

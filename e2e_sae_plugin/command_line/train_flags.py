@@ -26,9 +26,10 @@ Train an SAE end to end. All settings come from --config FILE, or from flags; --
 either. A file with `saes` trains several SAEs in one run.
 
 Where to begin: the flags below under "begin with these"; the others have defaults that work. --architecture decides which
-flags of the SAE there are: see `e2e-sae train --architecture topk --help`. Without an objective, the KL alone is minimised.
-Weights & Biases is on unless --log_to_wandb false is given, as in SAELens. `e2e-sae estimate` takes the same flags and says
-what the run will cost."""
+flags of the SAE there are: see `e2e-sae train --architecture topk --help`. Without flags of the objective, most of the run
+trains on reconstruction, and the rest on KL and squared error in equal parts; with any of them the objective is what they
+say. Weights & Biases is on unless --log_to_wandb false is given, as in SAELens. `e2e-sae estimate` takes the same flags and
+says what the run will cost."""
 
 EXAMPLES = """\
 examples:
@@ -94,7 +95,7 @@ def config_from_flags(flags: Sequence[str], command: str = "train") -> E2ESAERun
         flags: without --config and --resume.
         command: whose flags they are: "estimate" has some more, which are not among them.
     """
-    config: E2ESAERunnerConfig = TrainParser(command).parse_args(list(flags)).cfg
+    config: E2ESAERunnerConfig = TrainParser(command, flags).parse_args(list(flags)).cfg
     return config
 
 
@@ -104,9 +105,10 @@ class TrainParser(CommandParser, simple_parsing.ArgumentParser):  # type: ignore
 
     Args:
         command: `train`, or `estimate`, which takes the same.
+        flags: What will be parsed. Where none of them is of the objective, that is the config's default.
     """
 
-    def __init__(self, command: str = "train"):
+    def __init__(self, command: str = "train", flags: Sequence[str] = ()):
         super().__init__(
             command,
             description=DESCRIPTION,
@@ -118,11 +120,13 @@ class TrainParser(CommandParser, simple_parsing.ArgumentParser):  # type: ignore
             name: partial(config_class, d_in=512, d_sae=1024)
             for name, (_, config_class) in SAE_TRAINING_CLASS_REGISTRY.items()
         }
-        command_line_class = make_dataclass(
-            E2ESAERunnerConfig.__name__,
-            [("sae", TrainingSAEConfig, subgroups(architectures, default="standard", alias="--architecture"))],
-            bases=(E2ESAERunnerConfig,),
-        )
+        own_fields: list[Any] = [
+            ("sae", TrainingSAEConfig, subgroups(architectures, default="standard", alias="--architecture"))
+        ]
+        options = {f"--{name}" for name in _field_names(Objective)}
+        if any(flag.partition("=")[0] in options for flag in flags):
+            own_fields.append(("objective", Objective, dataclasses.field(default_factory=Objective)))
+        command_line_class = make_dataclass(E2ESAERunnerConfig.__name__, own_fields, bases=(E2ESAERunnerConfig,))
         command_line_class.__doc__ = ""
         self.add_arguments(command_line_class, dest="cfg")
         add_file_flags(self)

@@ -96,6 +96,7 @@ def run_config(
                 decoder_init_norm=1.0,
             ),
             objective=objective,
+            b_dec_init_method="zeros",
             context_size=context,
             training_tokens=n_samples * context,
             train_batch_size_tokens=step * context,
