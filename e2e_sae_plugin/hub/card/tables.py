@@ -39,7 +39,7 @@ def recipe(entry: CardEntry) -> dict[str, str]:
         "sparsity": _sparsity(entry),
         "other SAE settings": {n: v for n, v in _other_settings(entry).items() if v is not None} or None,
         "local objective first (share of the tokens)": said.get("local_first") or None,
-        "b_dec starts at": {"mean": "the mean activation", "zeros": "zero"}.get(str(run.get("b_dec_init_method"))),
+        "b_dec starts at": None if run.get("from_pretrained_path") or tuning else _b_dec_start(run),
         "activations in training": entry.training_normalisation,
         "special tokens left out": said.get("exclude_special_tokens"),
         "positions trained on": said.get("seqpos_slice") if said.get("seqpos_slice") not in (None, [None]) else None,
@@ -54,6 +54,11 @@ def recipe(entry: CardEntry) -> dict[str, str]:
         "SAELens": said.get("sae_lens_training_version") or said.get("sae_lens_version"),
     }
     return {name: shown(value) for name, value in found.items() if value is not None and value != ""}
+
+
+def _b_dec_start(run: Mapping[str, Any]) -> str | None:
+    starts = {"auto": "the mean activation", "mean": "the mean activation", "zeros": "zero"}
+    return starts.get(str(run.get("b_dec_init_method")))
 
 
 def _learning_rate(run: Mapping[str, Any]) -> str | None:
