@@ -283,6 +283,7 @@ def test_commands_cannot_be_changed():
         COMMANDS["train"].name = "x"  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_the_example_of_train_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

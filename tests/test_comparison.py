@@ -432,6 +432,7 @@ def test_an_sae_that_costs_less_than_nothing_is_matched_and_drawn(whole: Compari
     check_text(comparison_report(found))
 
 
+@pytest.mark.slow
 def test_names_of_any_kind(model: Any, tmp_path: Path):
     names = ["a/b", "a-b", "a:b", "release:blocks.1/x", "..", "ü `|` <b>"]
     saes = {name: made_up_sae("e2e", seed=i) for i, name in enumerate(names)}
@@ -586,6 +587,7 @@ def test_one_changed_weight_is_measured_again(model: Any, tmp_path: Path, measur
     assert measured == ["a/0", "b", "b"]
 
 
+@pytest.mark.slow
 def test_other_weights_settings_tokens_and_damaged_files_are_measured_again(
     model: Any, tmp_path: Path, measured: list[str]
 ):

@@ -294,7 +294,7 @@ def test_a_row_that_is_no_text_is_named(model: Any):
 
 
 def test_a_streamed_file_that_breaks_later_is_named(model: Any):
-    Path("a.txt").write_bytes(b"t4 t5\n" * 4_000_000 + b"\xe9\n")  # beyond what is read at once
+    Path("a.txt").write_bytes((b"t4 t5 " * 5000 + b"\n") * 800 + b"\xe9\n")  # beyond what is read at once
     stream = runner(model, "a.txt", streaming=True, train_batch_size_tokens=CONTEXT * 4).tokens
     with pytest.raises(ValueError, match=r"dataset_path='a.txt' cannot be read after row \d+: 'utf-8' codec"):
         list(stream.store._iterate_raw_dataset())
@@ -393,6 +393,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_local_data_need_no_network(here: Path):
     source = "\n".join(f"def function_{i}(x): return x + {i}" for i in range(3000))
     Path("code.txt").write_text(source)

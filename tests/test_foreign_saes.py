@@ -262,6 +262,7 @@ def test_all_of_them_can_be_fine_tuned_and_pushed(kind: str, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
+@pytest.mark.slow
 def test_evaluate_and_compare_take_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     first, second = (foreign_folder(kind, tmp_path, 128) for kind in ("sparsify", "BatchTopKSAE"))

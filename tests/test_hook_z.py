@@ -19,6 +19,7 @@ from helpers import (
     token_dataset,
     training_sae,
 )
+from marks import slow_except
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import TrainingSAE
@@ -126,7 +127,9 @@ def load_flat(sae: SAE[Any]) -> SAE[Any]:
     return copy
 
 
-@pytest.mark.parametrize("made_by", [train, train_sweep, finetuned_flat, of_checkpoint])
+@pytest.mark.parametrize(
+    "made_by", slow_except([train, train_sweep, finetuned_flat, of_checkpoint], train, of_checkpoint)
+)
 def test_a_finished_sae_is_put_into_a_model_of_saelens(made_by: Any, tmp_path: Path):
     sae, model = made_by(tmp_path), saelens_model()
     expected = expected_logits({HOOK: sae})
@@ -136,6 +139,7 @@ def test_a_finished_sae_is_put_into_a_model_of_saelens(made_by: Any, tmp_path: P
     assert not torch.allclose(expected, model(TOKENS, prepend_bos=False), atol=1e-2)  # it replaces something
 
 
+@pytest.mark.slow
 def test_a_run_of_several_is_put_into_a_model_of_saelens(tmp_path: Path):
     saes, model = train_set(tmp_path), saelens_model()
     expected = expected_logits({HOOK: saes["one"], LATER: saes["two"]})

@@ -593,6 +593,7 @@ def test_configs_of_saelens_and_the_file_say_the_same(tmp_path: Path):
     assert again.to_dict() == loaded.to_dict()
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -619,6 +620,7 @@ def test_the_command_line_trains_several(
     assert "names several SAEs (saes), and this is for a run with one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_joint_prints_the_table_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for number, name in enumerate("ab"):
         config: Any = MultiE2ESAERunnerConfig.from_dict(

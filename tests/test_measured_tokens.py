@@ -190,6 +190,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_documented_before_and_after(trained: Path, capsys: pytest.CaptureFixture[str], caplog: Any):
     """docs/guides/finetuning.md: fine-tune, then compare before with after."""
     tune = [
@@ -217,6 +218,7 @@ def test_the_documented_before_and_after(trained: Path, capsys: pytest.CaptureFi
     assert found.value("ce_loss_without_sae") == pytest.approx(report["ce_loss_without_sae"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_flags_change_which_tokens_are_measured(trained: Path, capsys: pytest.CaptureFixture[str]):
     flags = ["evaluate", "local", "--device", "cpu", "--tokens", "1k", "--output", "found.json"]
     counts: dict[str, int] = {}

@@ -155,6 +155,7 @@ save_file(found, folder + "/found.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_computes_the_same_activations(tmp_path: Path):
     from safetensors.torch import save_file
 

@@ -307,6 +307,7 @@ print(",".join(clean.downstream), ",".join(model.spliced_pass(clean, clean.activ
 """
 
 
+@pytest.mark.slow
 def test_downstream_activations_have_one_order_in_both_passes_and_every_process():
     """Sets of strings have another order in each process."""
     code = ORDER.format(tests=str(Path(__file__).parent))
