@@ -46,10 +46,10 @@ def check_splice(spliced_model: SplicedModel, context_size: int) -> Tensor:
     except (SpliceError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise SpliceError(
             f"{_class_of(spliced_model)} cannot be run from the block of {spliced_model.position.hook_name!r}: it raises "
-            f"{type(error).__name__}: {reason} A causal language model of transformers or TransformerLens is needed; "
+            f"{type(error).__name__}: {reason}. A causal language model of transformers or TransformerLens is needed; "
             "docs/guides/models.md lists those that work."
         ) from error
 
