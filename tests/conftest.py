@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A background job of a shell, or one under nohup, begins with SIGINT ignored, which tests of interruptions send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports huggingface_hub or wandb, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
