@@ -4,15 +4,14 @@
     python benchmarks/migration.py --model smollm2 --tokens 200000 --architectures topk standard
 
 Before is SAELens's own runner. After is `E2ESAERunnerConfig` with the same settings and no `objective`, which is the default
-recipe; "e2e by name" is the same with `Objective.e2e()`. Each SAE is measured on the same held-out files. Prints a table; a
-row that `--output` has already is not trained again.
+recipe; "e2e by name" is the same with `Objective.e2e()`. Each SAE is measured on the same held-out files. Prints a table; what `--output`
+has already is neither trained nor measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from sae_lens import (
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
 )
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 
 from e2e_sae_plugin import E2ESAERunnerConfig, E2ESAETrainingRunner, Objective, evaluate
 from e2e_sae_plugin.demo.run import quiet_host
@@ -49,9 +49,8 @@ def sae_config(architecture: str, d_in: int, n_steps: int) -> Any:
     return makers[architecture]()
 
 
-def train(kind: str, architecture: str, lr: float, tokens: int, seed: int, subject: Subject, folder: Path) -> float:
-    """Train one SAE into `folder`; returns the seconds of processor time that it took."""
-    began = time.process_time()
+def train(kind: str, architecture: str, lr: float, tokens: int, seed: int, subject: Subject, folder: Path) -> None:
+    """Train one SAE into `folder`."""
     settings: dict[str, Any] = {
         "sae": sae_config(architecture, subject.d_in, tokens // STEP_TOKENS),
         "model_name": subject.name, "model_class_name": subject.model_class_name, "hook_name": subject.hook_name,
@@ -66,7 +65,6 @@ def train(kind: str, architecture: str, lr: float, tokens: int, seed: int, subje
     else:
         objective: dict[str, Any] = {} if kind == "default" else {"objective": Objective.e2e()}
         E2ESAETrainingRunner(E2ESAERunnerConfig(**settings, **objective, overwrite_output=True), **given).run()
-    return time.process_time() - began
 
 
 def row(kind: str, args: argparse.Namespace, architecture: str, subject: Subject) -> dict[str, Any]:
@@ -77,7 +75,8 @@ def row(kind: str, args: argparse.Namespace, architecture: str, subject: Subject
     path = folder / "measured.json"
     if path.is_file():
         return json.loads(path.read_text())
-    seconds = train(kind, architecture, args.lr, args.tokens, args.seed, subject, folder)
+    if not (folder / SAE_WEIGHTS_FILENAME).is_file():
+        train(kind, architecture, args.lr, args.tokens, args.seed, subject, folder)
     found = evaluate(
         SAE.load_from_disk(folder), subject.model, subject.held_out, hook_name=subject.hook_name, ablations=False
     )
@@ -86,7 +85,6 @@ def row(kind: str, args: argparse.Namespace, architecture: str, subject: Subject
     measured = {
         "architecture": architecture, "kind": kind, "ce_loss_increase": increase.value, "low": increase.low,
         "high": increase.high, "kl": found.value("kl"), "l0": found.value("l0"), "alive": found.n_alive,
-        "seconds": seconds,
     }  # fmt: skip
     path.write_text(json.dumps(measured))
     return measured
@@ -104,15 +102,13 @@ def main() -> None:
     args = parser.parse_args()
     quiet_host()
     subject = MODELS[args.model](CONTEXT_SIZE, args.tokens)
-    print(
-        "| architecture | run | CE loss increase | KL | L0 | alive | CPU s |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| architecture | run | CE loss increase | KL | L0 | alive |\n| --- | --- | --- | --- | --- | --- |")
     for architecture in args.architectures:
         for kind in args.kinds:
             found = row(kind, args, architecture, subject)
             print(
                 f"| {architecture} | {kind} | {found['ce_loss_increase']:.4f} [{found['low']:.4f}, {found['high']:.4f}] | "
-                f"{found['kl']:.4f} | {found['l0']:.1f} | {found['alive']} | {found['seconds']:.0f} |",
+                f"{found['kl']:.4f} | {found['l0']:.1f} | {found['alive']} |",
                 flush=True,
             )
 
