@@ -4,8 +4,8 @@
     python benchmarks/migration.py --model smollm2 --tokens 200000 --architectures topk standard
 
 Before is SAELens's own runner. After is `E2ESAERunnerConfig` with the same settings and no `objective`, which is the default
-recipe; "e2e by name" is the same with `Objective.e2e()`. Each SAE is measured on the same held-out files. Prints a table; what `--output`
-has already is neither trained nor measured again.
+recipe; "e2e by name" is the same with `Objective.e2e()`. Each SAE is measured on the same held-out files. Prints a table.
+What `--output` has already is neither trained nor measured again.
 """
 
 from __future__ import annotations
