@@ -46,6 +46,8 @@ def check_values(cfg: E2ESAERunnerConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(cfg, name)!r}.")
+    if not -(2**63) <= cfg.seed < 2**63:
+        raise ValueError(f"seed must have at most 63 bits, got {cfg.seed!r}.")
     for name in ("hook_name", "model_name", "device"):
         if not getattr(cfg, name):
             raise ValueError(f"{name} must not be empty.")

@@ -166,9 +166,9 @@ def check_device_name(field: str, device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")  # torch goes on for a page
         raise ValueError(
-            f"{field}={device!r} cannot be used here: {reason} Use 'cpu', or a device that is there."
+            f"{field}={device!r} cannot be used here: {reason}. Use 'cpu', or a device that is there."
         ) from None
 
 

@@ -127,6 +127,7 @@ def test_defaults_do_not_warn(caplog: pytest.LogCaptureFixture):
         ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
         ({"lr": 0.0}, "lr must be a positive finite number, got 0.0"),
         ({"lr": math.nan}, "lr must be a positive finite number, got nan"),
+        ({"seed": 2**70}, "seed must have at most 63 bits"),
         ({"autocast": "false"}, "autocast must be True or False, got 'false'"),
         ({"sae": {"d_sae": "32"}}, "sae.d_sae must be a whole number, got '32'"),
         ({"sae": {"d_sae": -5}}, "sae.d_sae must be at least 1, got -5"),

@@ -259,6 +259,9 @@ def latin(path: str) -> None:
         ("d", lambda _: None, "/d' holds no data. Expected files"),
         ("./nope.txt", lambda _: None, "There is no file or folder './nope.txt'. Expected files"),
         ("/nope", lambda _: None, "There is no file or folder '/nope'"),
+        ("a.jsonl", lambda path: Path(path).touch(), "/a.jsonl' is empty. Use data with rows"),
+        ("a.csv", lambda path: Path(path).touch(), "/a.csv' is empty"),
+        ("a.csv", lambda path: Path(path).write_text("text\n"), "a.csv' (has|there are) no rows"),
         ("a.csv", lambda path: Path(path).write_text("n,m\n1,2\n"), "no column of texts or lists of whole numbers: 'n'"),
     ],
 )  # fmt: skip

@@ -135,8 +135,8 @@ def _what_is_wrong(path: Path, error: BaseException) -> str:
             return f"{str(file)!r}, line {line}, is not UTF-8. Save the file as UTF-8, or leave that line out."
         if isinstance(error, pa.ArrowInvalid) and kind_of(file) == "json" and (line := _bad_json_line(file)):
             return f"{str(file)!r}, line {line}, is not a JSON object. Correct that line, or leave it out."
-    reason = " ".join(str(error).split())
-    return f"{str(path)!r} cannot be read: {reason} Expected {ALLOWED}, all with the same columns."
+    reason = " ".join(str(error).split()).rstrip(".")
+    return f"{str(path)!r} cannot be read: {reason}. Expected {ALLOWED}, all with the same columns."
 
 
 def _undecodable_line(file: Path) -> int | None:

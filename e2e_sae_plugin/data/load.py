@@ -106,6 +106,8 @@ def _local(path: Path, settings: DataSettings, context_size: int) -> Dataset | I
     if path.is_dir() and is_saved_to_disk(path):
         return _saved(path, settings.split)
     files = check_one_kind(path)
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"{str(path)!r} is empty. Use data with rows.")
     kind = kind_of(files[0])
     if kind == "bin":
         if settings.split is not None or settings.text_column is not None:
@@ -136,6 +138,8 @@ def _split(name: str, settings: DataSettings, **how: Any) -> Dataset | IterableD
     try:
         return load_dataset(name, split=settings.split or "train", **how)
     except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"The dataset {settings.dataset_path!r} has no rows. Use one with data.") from error
         is_about_split = "Unknown split" in str(error) or "Bad split" in str(error)
         if not is_about_split:
             raise
