@@ -13,6 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where triton is installed, it takes a GPU for granted
 os.environ["HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"] = "1"  # its default keeps a test of failing storage waiting for minutes
 if (
     "PYTEST_XDIST_WORKER" in os.environ
