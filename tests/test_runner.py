@@ -568,6 +568,7 @@ def test_exclude_special_tokens_leaves_them_out_of_training(tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.slow
 def test_compile_sae_trains_to_the_same_weights():
     eager = build_runner(runner_config(training_tokens=96)).run()
