@@ -180,7 +180,7 @@ class FinetuneRunner(E2ESAETrainingRunner):
             self.cfg.hook_name,
             self.cfg.hook_head_index,
             tuple(self.cfg.seqpos_slice),
-            () if excluded is None else tuple(sorted(excluded.tolist())),
+            () if excluded is None else tuple(sorted(excluded.cpu().tolist())),
         )
         n_sequences, context_size = self.report_tokens.shape
         source = MeasuredTokens(n_sequences, context_size)
