@@ -102,3 +102,29 @@ SEARCH = (
     ours("1250 steps, local alone", 1250, **_LOCAL),
 )
 """Tried with one seed: each is `quick_config` but for what its name says."""
+
+_STEPS = 1  # token_curve.py sets the tokens
+_E2E_3E3: dict[str, Any] = {**_KL, "lr": 3e-3}
+
+CURVES = {
+    recipe.name: recipe
+    for recipe in (
+        ours("local", _STEPS, **_LOCAL),
+        ours("e2e", _STEPS, **_E2E_3E3),
+        ours("e2e+ds", _STEPS, objective=_DOWNSTREAM, local_first=0.0, lr=3e-3),
+        ours("local then e2e", _STEPS, objective="e2e", local_first=0.6),
+    )
+}
+"""The kinds of `token_curve.py`: the paper's three, and plain e2e that starts from 60 % of local training."""
+
+E2E_SEARCH = (
+    ours("e2e", _STEPS, **_E2E_3E3),
+    *(ours(f"e2e, lr {lr:g}", _STEPS, **_KL, lr=lr) for lr in (1e-3, 6e-3, 1e-2)),
+    ours("e2e, steps of twice the size", _STEPS, **_E2E_3E3, step_sequences=8),
+    ours("e2e, steps of half the size", _STEPS, **_E2E_3E3, step_sequences=2),
+    ours("e2e, b_dec at 0", _STEPS, **_E2E_3E3, b_dec_init_method="zeros"),
+    ours("e2e, decoder norms kept", _STEPS, **_E2E_3E3, keep_decoder_norms=True),
+    ours("e2e, gradients not clipped", _STEPS, **_E2E_3E3, max_grad_norm=None),
+    *(ours(f"e2e+ds, lr {lr:g}", _STEPS, objective=_DOWNSTREAM, local_first=0.0, lr=lr) for lr in (3e-3, 6e-3, 1e-2)),
+)
+"""What plain e2e and e2e+ds were tried with, one setting changed at a time, at the shortest length of the curve."""

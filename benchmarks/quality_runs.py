@@ -16,10 +16,9 @@ from sae_lens import SAE, LoggingConfig, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from torch import Tensor
 
-from e2e_sae_plugin import E2ESAETrainingRunner, splice_into
+from e2e_sae_plugin import E2ESAETrainingRunner, evaluate
 from e2e_sae_plugin.demo import demo_dataset, demo_tokens, load_demo_model
 from e2e_sae_plugin.demo.run import quiet_host
-from e2e_sae_plugin.evaluation import measure, reconstruct_with
 from e2e_sae_plugin.presets import quick_config
 
 HOOK_NAME = "blocks.3.hook_resid_pre"
@@ -41,27 +40,31 @@ def run(library: str, settings: Mapping[str, Any], seed: int, folder: Path) -> d
     Args:
         library: "ours" or "e2e-sae".
         settings: of ours, what is changed of `quick_config` (`sae` as a mapping); of the authors', `train_authors`'s.
+            `model_directory` of both: another model of the bundled one's shape and tokenizer.
         seed: of the initialisation and of the order of the data, which is the same for both libraries.
 
     Returns:
         `seconds` of wall-clock and `cpu_seconds` of processor time of the training alone, and what the SAE reaches.
     """
     train = {"ours": train_ours, "e2e-sae": train_authors}[library]
-    model = load_demo_model()
+    changes = dict(settings)
+    directory = changes.pop("model_directory", None)
+    model = load_demo_model() if directory is None else load_demo_model(Path(directory))
     with quiet_host():
-        seconds, cpu_seconds = train(model, settings, seed, folder)
+        seconds, cpu_seconds = train(model, changes, seed, folder)
         sae = SAE.load_from_disk(str(folder))
-    spliced = splice_into(model, HOOK_NAME)
-    spliced.check()
-    metrics = measure(reconstruct_with(sae), spliced, held_out_tokens(), batch_size_prompts=16)
+    found = evaluate(sae, model, held_out_tokens(), hook_name=HOOK_NAME, ablations=False)
+    increase = found.metrics["ce_loss_increase"]
+    assert increase is not None
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "ce_loss_increase": metrics.ce_loss_increase,
-        "kl": metrics.kl,
-        "l0": metrics.l0,
-        "n_alive": metrics.n_alive,
-        "downstream_mse": metrics.downstream_mse,
+        "ce_loss_increase": increase.value,
+        "low": increase.low,
+        "high": increase.high,
+        "kl": found.value("kl"),
+        "l0": found.value("l0"),
+        "n_alive": found.n_alive,
     }
 
 

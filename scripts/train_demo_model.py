@@ -1,6 +1,7 @@
 """Train the bundled language model and write it into `e2e_sae_plugin/demo/model/`.
 
     python scripts/train_demo_model.py --minutes 60
+    python scripts/train_demo_model.py --optimizer adamw --output output/adamw_model      # as language models usually are
 
 Reads the running interpreter's standard library (tests included where they are installed), learns a byte-level BPE on
 the training files and trains a small rotary transformer in plain PyTorch: Muon for the matrices of the blocks, AdamW
@@ -167,14 +168,21 @@ def learning_rate_factor(progress: float, warm_up: float = 0.02, flat: float = 0
 
 def train(model: Transformer, stream: Tensor, args: argparse.Namespace, bos: int) -> tuple[int, float]:
     """Train for `args.minutes`; returns the tokens seen and the last smoothed training loss."""
-    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
-    in_blocks = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in in_blocks]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=args.lr_muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=args.lr_adam, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    base_rates = [args.lr_muon, args.lr_adam]
+    optimizers: list[torch.optim.Optimizer]
+    if args.optimizer == "muon":
+        matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+        in_blocks = {id(p) for p in matrices}
+        rest = [p for p in model.parameters() if id(p) not in in_blocks]
+        optimizers = [
+            torch.optim.Muon(matrices, lr=args.lr_muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=args.lr_adam, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+    else:
+        decayed = [p for p in model.parameters() if p.ndim == 2]
+        others = [p for p in model.parameters() if p.ndim != 2]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        optimizers = [torch.optim.AdamW(groups, lr=args.lr_adam, betas=(0.9, 0.95))]
+    base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     loss_fn = torch.compile(model.loss) if args.compile else model.loss
     generator = torch.Generator().manual_seed(args.seed)
     offsets = torch.arange(model.cfg["n_ctx"])
@@ -208,6 +216,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock training time")
     parser.add_argument("--batch-sequences", type=int, default=16, help="sequences of n_ctx tokens a step")
+    parser.add_argument(
+        "--optimizer",
+        choices=["muon", "adamw"],
+        default="muon",
+        help="muon for the matrices of the blocks, or AdamW for all, with a weight decay of 0.1 for matrices",
+    )
     parser.add_argument("--lr-muon", type=float, default=0.01)
     parser.add_argument("--lr-adam", type=float, default=0.004)
     parser.add_argument("--log-every", type=int, default=100, help="steps between two lines of progress")
@@ -242,6 +256,7 @@ def main() -> None:
     hooked, fast_tokenizer = load_demo_model(args.output), load_demo_tokenizer(args.output)
     report = {
         "python": platform.python_version(),
+        "optimizer": args.optimizer,
         "training_minutes": args.minutes,
         "training_tokens": tokens_seen,
         "final_training_loss_nats": round(train_loss, 4),
