@@ -33,6 +33,11 @@ RECIPE_MIN_STEPS = 10
 MODEL_CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
 
 
+def recipe_decay_steps(n_steps: int) -> int:
+    """Return how many steps the default recipe has after its local part, in which the learning rate falls."""
+    return n_steps - math.ceil(RECIPE_LOCAL_FIRST * n_steps)
+
+
 @dataclass
 class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """SAELens's runner config, for end-to-end training. An existing SAELens config runs with this class instead.
@@ -222,7 +227,7 @@ class E2ESAERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         if not is_recipe or self.from_pretrained_path is not None or n_steps < RECIPE_MIN_STEPS:
             return
         self.local_first = RECIPE_LOCAL_FIRST
-        n_decay = n_steps - math.ceil(RECIPE_LOCAL_FIRST * n_steps)
+        n_decay = recipe_decay_steps(n_steps)
         has_schedule = self.lr_scheduler_name != "constant" or self.lr_decay_steps > 0
         if not has_schedule and self.lr_warm_up_steps + n_decay <= n_steps:
             self.lr_decay_steps = n_decay

@@ -675,6 +675,25 @@ def test_the_file_of_a_single_run_is_a_base(tmp_path: Path):
     assert ks == {"e2e-2-seed42": 2, "e2e-6-seed42": 6}
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_a_config_has_from_the_default_recipe_is_not_the_kinds(saved: bool, tmp_path: Path):
+    config = runner_config("topk", objective=Objective.finetune())
+    assert (config.local_first, config.lr_decay_steps) == (0.8, 2)
+    base = config.to_dict() if saved else config
+    kinds = {"local": SweepKind(Objective.local(), (2,)), "e2e": SweepKind(Objective.e2e(), (2,))}
+    found = SweepConfig(base=base, kinds=kinds, output_path=tmp_path).members()
+    assert len(found) == 2
+    for member in found.values():
+        assert (member.config.local_first, member.config.lr_decay_steps) == (0, 0)
+
+
+def test_a_local_part_that_was_asked_for_is_every_kinds(tmp_path: Path):
+    kinds = {"e2e": SweepKind(Objective.e2e(), (2,))}
+    base = runner_config("topk", local_first=0.5)
+    (member,) = SweepConfig(base=base, kinds=kinds, output_path=tmp_path).members().values()
+    assert member.config.local_first == 0.5
+
+
 def test_a_file_in_the_place_of_the_output_folder_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     cfg = SweepConfig.from_dict({**settings(tmp_path), "output_path": str(tmp_path / "file")})

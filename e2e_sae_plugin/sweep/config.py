@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from e2e_sae_plugin.config import E2ESAERunnerConfig, read_numbers, read_yaml, require_known_keys
+from e2e_sae_plugin.config import (
+    RECIPE_LOCAL_FIRST,
+    E2ESAERunnerConfig,
+    read_numbers,
+    read_yaml,
+    recipe_decay_steps,
+    require_known_keys,
+)
 from e2e_sae_plugin.config_values import read_fields
 from e2e_sae_plugin.objective import Objective
 from e2e_sae_plugin.sweep.shared_settings import shared_settings
@@ -158,7 +165,7 @@ class SweepConfig:
         base = shared_settings(self.base, prefix="base.", what="a sweep")
         if isinstance(self.base, Mapping):  # of a config, whose fields all have a value, nothing is known to be meant
             self._warn_of_what_the_grid_sets(base)
-        return base
+        return _without_recipe_start(base) if "objective" in base else base
 
     def _warn_of_what_the_grid_sets(self, base: dict[str, Any]) -> None:
         """A base may be the file of a single run, whose objective and sparsity say nothing here."""
@@ -296,6 +303,18 @@ class SweepConfig:
 
 _SHARED = {f.name for f in fields(E2ESAERunnerConfig)}  # known, and refused with another message
 _WHOLE = ("k", "max_iterations")
+
+
+def _without_recipe_start(base: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a config filled in for its own objective, as each kind has another: `local_first` and its decay."""
+    is_recipe = base["objective"] == Objective.finetune().to_dict() and base.get("local_first") == RECIPE_LOCAL_FIRST
+    if not is_recipe:
+        return base
+    tokens = base.get("training_tokens", E2ESAERunnerConfig.training_tokens)
+    step_tokens = base.get("train_batch_size_tokens", E2ESAERunnerConfig.train_batch_size_tokens)
+    decay_steps = recipe_decay_steps(tokens // max(step_tokens, 1))
+    filled_in = {"local_first": RECIPE_LOCAL_FIRST, "lr_decay_steps": decay_steps}
+    return {name: value for name, value in base.items() if name not in filled_in or value != filled_in[name]}
 
 
 def _is_number(text: str) -> bool:
