@@ -51,7 +51,7 @@ def test_the_saved_form_has_k_active_features_per_token(architecture: str, resca
     assert n_active(saved_form(sae), x) == K * 50
 
 
-def test_the_threshold_lies_below_the_values_that_are_chosen():
+def test_the_threshold_lies_between_what_is_chosen_and_the_next_value():
     sae: Any = training_sae(runner_config("batchtopk", sae={"k": 1.5, "rescale_acts_by_decoder_norm": False}))
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -60,7 +60,7 @@ def test_the_threshold_lies_below_the_values_that_are_chosen():
     x = torch.zeros(2, 16)
     x[:, :4] = torch.tensor([[5.0, 4.0, 3.0, -1.0], [2.0, 1.0, 0.5, 0.0]])
     settle_threshold(sae, x, 2)  # three of 5, 4, 3, 2, 1, 0.5 are chosen
-    assert float(sae.topk_threshold) == 2.0
+    assert float(sae.topk_threshold) == 2.5
     sae.cfg.k = 3.5  # seven would be, of six that are positive
     settle_threshold(sae, x, 2)
     assert float(sae.topk_threshold) == 0.0

@@ -16,7 +16,6 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from torch import Tensor, nn
 
 from e2e_sae_plugin.distributed import Ranks
-from e2e_sae_plugin.kernels.ranked_topk import smallest_chosen
 from e2e_sae_plugin.kernels.sparse_sae import Encoder, select_batch_topk
 
 
@@ -36,16 +35,16 @@ def settle_threshold(sae: Any, sae_in: Tensor, n_tokens: int, ranks: Ranks | Non
         return
     n_active = int(sae.cfg.k * n_tokens)
     norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
-    # The largest value that is not chosen: an active feature of a JumpReLU SAE exceeds the threshold.
-    values = select_batch_topk(sae.process_sae_in(sae_in), Encoder(sae.W_enc, sae.b_enc, norms), n_active + 1).values
+    largest = select_batch_topk(sae.process_sae_in(sae_in), Encoder(sae.W_enc, sae.b_enc, norms), n_active + 1).values
     if ranks is not None:
-        threshold = smallest_chosen(ranks, values, n_active + 1)
-    elif len(values) > n_active:
-        threshold = values.min()
-    else:
-        threshold = values.new_zeros(())  # fewer are positive
-    if bool(torch.isfinite(threshold)):
-        sae.topk_threshold.copy_(threshold)
+        largest = ranks.rows(largest)
+    largest = largest.topk(min(n_active + 1, len(largest))).values
+    if not bool(torch.isfinite(largest).all()):
+        return
+    # Half-way between the smallest value that is chosen and the next: the saved form folds norms into its weights, so that
+    # its values differ by rounding, and one that lay on the threshold could exceed it.
+    threshold = largest[-2:].mean() if len(largest) > n_active else largest.new_zeros(())  # fewer are positive
+    sae.topk_threshold.copy_(threshold)
 
 
 class _AboveThreshold(nn.Module):
